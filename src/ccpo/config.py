@@ -1,0 +1,357 @@
+"""What a recipe may say: :class:`RunConfig` and its sections, read from YAML and ``--set`` overrides.
+
+Every section refuses unknown keys. A section that names a ``kind`` (``team``, ``task``, ``credit``) is a :class:`Part`: its other
+keys are the arguments of the thing it names, and are checked against that thing's own signature by
+:mod:`ccpo.build`, so that a new rule, team or task needs no second declaration here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ccpo.errors import UserError, nearest
+
+Positive = Field(gt=0)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Part(BaseModel):
+    """A thing named by ``kind`` (a built-in name, or ``module:attribute`` of your own) with its arguments beside it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    kind: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class RunSection(Section):
+    name: str = "run"
+    dir: str | None = Field(None, description="run folder; default runs/NAME")
+    seed: int = Field(0, ge=0, lt=2**31)
+    threads: int | None = Field(None, ge=1, description="torch threads; default: torch's own choice")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    overwrite: bool = Field(False, description="delete a run folder that exists")
+
+    @property
+    def folder(self) -> str:
+        return self.dir or f"runs/{self.name}"
+
+
+class LoraSection(Section):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: str | list[str] = "all-linear"
+
+
+class ModelSection(Section):
+    path: str = Field("bootstrap", description="Hugging Face name or folder, or 'bootstrap' for a tiny model of our own")
+    sharing: Literal["separate", "shared", "lora"] = "separate"
+    lora: LoraSection = LoraSection()
+    weights: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the trained weights")
+    compute: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of matrix products in the update")
+    engine: Literal["auto", "native", "transformers"] = "auto"
+    decode: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the decoder")
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    gradient_checkpointing: bool = False
+    trust_remote_code: bool = False
+
+
+class BootstrapSection(Section):
+    """The tiny base model that stands in for a pretrained one where there is no download (``model.path: bootstrap``)."""
+
+    hidden: int = Field(128, ge=8)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int = Field(2, ge=1)
+    mlp: int = Field(384, ge=8)
+    steps: int = Field(1000, ge=1, description="supervised steps on correct demonstrations")
+    noisy_steps: int = Field(150, ge=0, description="further steps on demonstrations of which some are wrong")
+    noise: float | dict[str, float] = Field(0.6, description="share of wrong demonstrations, for all turns or per turn")
+    solo: float = Field(0.25, ge=0, le=1, description="share of demonstrations that lack the upstream messages")
+    batch: int = Field(128, ge=1)
+    lr: float = Field(1e-3, gt=0)
+    noisy_lr: float = Field(3e-4, gt=0)
+    seed: int = 0
+    cache: bool = True
+
+
+class AgentSection(Section):
+    """Overrides for one agent; what is absent comes from ``model``, ``optim`` and ``rollout``."""
+
+    model: str | None = None
+    lr: float | None = Field(None, gt=0)
+    frozen: bool = False
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    stop: list[str] | None = None
+
+
+class SamplingSection(Section):
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+
+
+class RolloutSection(Section):
+    prompts: int = Field(16, ge=1, description="P: problems a step")
+    samples: int = Field(4, ge=1, description="N: joint rollouts a problem")
+    draws: int | None = Field(None, ge=1, description="M: counterfactual draws; default N a problem, or 1 a rollout")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    stop: list[str] = []
+    max_tokens: int = Field(256, ge=1)
+    max_prompt_tokens: int = Field(4096, ge=1)
+    max_message_tokens: int | None = Field(None, ge=1, description="cap on one message, by the reader's tokenizer")
+    removal: Literal["drop", "blank", "placeholder", "frozen"] = "drop"
+    placeholder: str = "(no message)"
+    truncated: Literal["zero", "keep"] = Field("zero", description="reward of a rollout with a truncated turn")
+    boxed_reward: dict[str, float] = Field({}, description="per agent, added to its credit when it writes \\boxed")
+    cache: Literal["auto", "off", "always"] = Field(
+        "auto", description="reuse counterfactual rewards while the policies that spoke in them are unchanged; 'always' across updates too"
+    )
+    decode_tokens: int = Field(65536, ge=256, description="token budget of one decode batch")
+    verify_seconds: float = Field(5.0, gt=0, description="time limit of one verdict")
+
+
+class LossSection(Section):
+    kind: Literal["ppo_clip", "gspo", "turn", "cispo", "reinforce++"] = "ppo_clip"
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.2, gt=0)
+    dual_clip: float | None = Field(None, gt=1)
+    aggregate: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "trajectory-mean"] = "token-mean"
+    constant: float | None = Field(None, gt=0, description="divisor of aggregate: constant")
+    ratio_over: Literal["turn", "agent"] = Field("agent", description="what one sequence ratio spans")
+    kl: Literal["none", "k1", "k2", "k3"] = "none"
+    kl_coef: float = Field(0.0, ge=0)
+    entropy_coef: float = 0.0
+    importance_cap: float | None = Field(None, gt=0, description="cap of the engine/learner importance weights; null: off")
+    old_logprobs: Literal["auto", "engine", "learner"] = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LossSection:
+        if self.aggregate == "constant" and self.constant is None:
+            raise ValueError("aggregate 'constant' needs loss.constant, the divisor (Dr. GRPO: the longest completion)")
+        if self.kl == "none" and self.kl_coef > 0:
+            raise ValueError("kl_coef is set but kl is 'none'; set loss.kl to k1, k2 or k3")
+        return self
+
+
+class OptimSection(Section):
+    lr: float = Field(1e-6, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    epochs: int = Field(1, ge=1)
+    minibatches: int = Field(1, ge=1, description="optimiser updates an epoch; problems are split among them")
+    microbatch_tokens: int = Field(16384, ge=64, description="tokens of one forward and backward pass")
+
+
+class TrainerSection(Section):
+    steps: int = Field(100, ge=0)
+    schedule: Literal["simultaneous", "alternating"] = "simultaneous"
+    period: int = Field(10, ge=1, description="steps an agent is trained before the next has its turn")
+    first: str | None = Field(None, description="the agent that an alternating schedule starts with")
+    eval_every: int = Field(0, ge=0, description="0: before and after only")
+    save_every: int = Field(50, ge=0, description="0: at the end only")
+    keep_checkpoints: int = Field(2, ge=1)
+    shuffle: bool = True
+
+
+class EvalSection(Section):
+    tasks: dict[str, Part] = Field({}, description="named data sets; empty: the training task's held-out split")
+    problems: int = Field(500, ge=1, description="problems of each data set")
+    during: int = Field(200, ge=1, description="problems of each evaluation during training")
+    samples: int = Field(1, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    ablations: bool = True
+
+
+class LogSection(Section):
+    tensorboard: bool = True
+    wandb: bool = False
+    trackio: bool = False
+    project: str = "ccpo"
+    episodes: bool = True
+    progress: bool = True
+
+
+class RunConfig(Section):
+    """A whole recipe."""
+
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    bootstrap: BootstrapSection = BootstrapSection()
+    agents: dict[str, AgentSection] = {}
+    team: Part = Part(kind="think_solve")
+    task: Part
+    eval: EvalSection = EvalSection()
+    credit: Part = Part(kind="ccpo_v1")
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "none"] = "grpo"
+    rollout: RolloutSection = RolloutSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    trainer: TrainerSection = TrainerSection()
+    log: LogSection = LogSection()
+
+    @field_validator("team", "task", "credit", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.optim.minibatches > self.rollout.prompts:
+            raise ValueError(
+                f"optim.minibatches is {self.optim.minibatches} but a step has only rollout.prompts = {self.rollout.prompts} "
+                "problems to split; lower it or raise rollout.prompts"
+            )
+        return self
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The :class:`RunConfig` of a recipe: a YAML file, the name of one that ships with the package, or a mapping.
+
+    ``overrides`` are ``path.to.key=value`` strings, the value in YAML. Raises :class:`~ccpo.errors.UserError` that names the key, what
+    was found, what is allowed and the nearest right name.
+    """
+    if isinstance(source, Mapping):
+        data, where = _plain(source), "recipe"
+    else:
+        path = find_recipe(source)
+        data, where = _read_yaml(path), path.name
+    for override in overrides:
+        _apply(data, override)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise UserError(explain(error, RunConfig, where)) from None
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes inside the package, by name."""
+    return {p.stem: p for p in sorted((Path(__file__).parent / "recipes").glob("*.yaml"))}
+
+
+def find_recipe(source: str | Path) -> Path:
+    """A recipe's file: the path itself, or the shipped recipe of that name (``demo``, ``recipes/demo.yaml``)."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if path.suffix in ("", ".yaml", ".yml") and path.stem in shipped and str(path.parent) in (".", "recipes"):
+        return shipped[path.stem]
+    raise UserError(
+        f"No recipe at {str(source)!r}: neither a file nor a shipped recipe ({', '.join(shipped)}).{nearest(path.stem, shipped)}"
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections (run, model, team, task, …); found {type(data).__name__}")
+    return data
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key given twice and reads ``1e-6`` as a number (plain YAML 1.1 reads it as text)."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)|\d[\d_]*\.\d*|\.\d+(?:[eE][-+]?\d+)?|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise UserError(f"--set {override!r}: expected path.to.key=value, for example trainer.steps=50")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        value = text
+    *parents, key = path.strip().split(".")
+    node = data
+    for parent in parents:
+        child = node.get(parent)
+        if isinstance(child, str) and parent in ("team", "task", "credit"):
+            child = {"kind": child}
+        if child is None:
+            child = {}
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override!r}: {parent!r} holds {child!r}, which has no key {key!r}")
+        node[parent] = child
+        node = child
+    if key == "kind" and parents and parents[-1] in ("team", "task", "credit") and node.get("kind") != value:
+        node.clear()  # another kind has other arguments: those of the old one do not carry over
+    node[key] = value
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
+    """Pydantic's complaints as sentences: the path of the key, what was found, what is allowed, the nearest name."""
+    lines = []
+    for e in error.errors():
+        path = ".".join(str(p) for p in e["loc"]) or "recipe"
+        if e["type"] == "extra_forbidden":
+            allowed = _keys_at(model, e["loc"][:-1])
+            lines.append(f"{where}: {path}: unknown key. Allowed: {', '.join(allowed)}.{nearest(str(e['loc'][-1]), allowed)}")
+        elif e["type"] == "missing":
+            lines.append(f"{where}: {path}: this key is required.")
+        else:
+            found = repr(e["input"])
+            found = found if len(found) <= 80 else found[:77] + "…"
+            message = e["msg"].removeprefix("Value error, ")
+            hint = ""
+            if e["type"] == "literal_error" and isinstance(e["input"], str):
+                hint = nearest(e["input"], re.findall(r"'([^']+)'", e["ctx"]["expected"]))
+            lines.append(f"{where}: {path}: found {found}. {message}.{hint}".replace("..", "."))
+    return "\n".join(lines)
+
+
+def _keys_at(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
+    current: Any = model
+    for step in loc:
+        fields = getattr(current, "model_fields", {})
+        if step in fields:
+            annotation = fields[step].annotation
+            args = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
+            current = args[-1] if args else annotation
+    return list(getattr(current, "model_fields", {}))
