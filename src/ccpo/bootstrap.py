@@ -1,0 +1,174 @@
+"""A tiny base model of our own, for machines without a download: the stand-in for a pretrained checkpoint in the CPU recipes.
+
+It is a Qwen2 of about a million parameters with a character tokenizer, trained on a task's demonstrations of every turn of the team: first on right ones
+(the skill), then on ones of which a share is wrong (the carelessness that reinforcement learning is to cure). The result is an
+ordinary Hugging Face folder; nothing after this file knows where it came from. It is cached by the hash of all that shaped it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ccpo.config import BootstrapSection
+from ccpo.errors import UserError
+from ccpo.tasks.procedural import ProceduralTask
+from ccpo.teams import Team
+
+VERSION = 1  # raise it when the same section would make another model
+PAD, EOS = "<pad>", "<eos>"
+CONTEXT = 512
+
+Pair = tuple[list[int], list[int]]
+"""Token ids of a prompt and of what is to be said after it (with the end token)."""
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("CCPO_CACHE") or Path.home() / ".cache" / "ccpo")
+
+
+def bootstrap(
+    team: Team, task: ProceduralTask, section: BootstrapSection, report: Callable[[str], None] = lambda _: None
+) -> tuple[Path, float]:
+    """The folder of the base model for ``team`` on ``task``, and the seconds spent on making it (0.0 where it was cached).
+
+    Raises UserError where the task has no teacher.
+    """
+    if not isinstance(task, ProceduralTask):
+        raise UserError(
+            "model.path is 'bootstrap', which teaches a tiny model from a procedural task's demonstrations, but the task has none; "
+            "set model.path to a Hugging Face model (for example --set model.path=Qwen/Qwen2.5-0.5B-Instruct)"
+        )
+    folder = cache_folder() / f"base-{_fingerprint(team, task, section)}"
+    if section.cache and (folder / "done.json").is_file():
+        return folder, 0.0
+    started = time.monotonic()
+    model, tokenizer = train_base(team, task, section, report)
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    seconds = time.monotonic() - started
+    (temporary / "done.json").write_text(json.dumps({"seconds": seconds, "section": section.model_dump(), "task": repr(task)}))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+    return folder, seconds
+
+
+def _fingerprint(team: Team, task: ProceduralTask, section: BootstrapSection) -> str:
+    turns = [(t.name, t.template) for t in team.turns]
+    recipe = json.dumps([VERSION, turns, repr(task), section.model_dump(exclude={"cache"})], sort_keys=True)
+    return hashlib.sha256(recipe.encode()).hexdigest()[:16]
+
+
+def character_tokenizer(alphabet: str):
+    """A tokenizer with one token a character of ``alphabet`` and a padding and an end token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, "<unk>", *sorted(set(alphabet))])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, unk_token="<unk>")
+
+
+def train_base(team: Team, task: ProceduralTask, section: BootstrapSection, report: Callable[[str], None]):
+    """Train the base model; returns it with its tokenizer."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    tokenizer = character_tokenizer(task.alphabet + "".join(t.template for t in team.turns))
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=section.hidden,
+        num_hidden_layers=section.layers,
+        num_attention_heads=section.heads,
+        num_key_value_heads=section.kv_heads,
+        intermediate_size=section.mlp,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(section.seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    lessons = Lessons(team, task, section, tokenizer)
+    for name, steps, lr, noisy in (
+        ("skill", section.steps, section.lr, False),
+        ("carelessness", section.noisy_steps, section.noisy_lr, True),
+    ):
+        optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        for step in range(steps):
+            for group in optimiser.param_groups:
+                group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+            loss = _imitate(model, lessons.batch(section.batch, noisy=noisy))
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            if (step + 1) % 50 == 0 or step + 1 == steps:
+                report(f"base model, {name}: step {step + 1}/{steps}, loss {loss.item():.3f}")
+    return model, tokenizer
+
+
+class Lessons:
+    """Demonstrations of every turn of the team, rendered through the team's own templates."""
+
+    def __init__(self, team: Team, task: ProceduralTask, section: BootstrapSection, tokenizer) -> None:
+        self.team, self.task, self.section, self.tokenizer = team, task, section, tokenizer
+        self.rng = random.Random(f"lessons/{section.seed}")
+        self.count = 0
+
+    def batch(self, size: int, *, noisy: bool) -> list[Pair]:
+        pairs: list[Pair] = []
+        while len(pairs) < size:
+            pairs += self.lesson(noisy=noisy)
+        return pairs[:size]
+
+    def lesson(self, *, noisy: bool) -> list[Pair]:
+        """One problem played by the teacher: a pair for each turn."""
+        problem = self.task[self.count % len(self.task)]
+        self.count += 1
+        said: dict[str, str] = {}
+        pairs = []
+        for turn in self.team.turns_in_order:
+            alone = self.rng.random() < self.section.solo
+            heard = {name: None if alone else said[name] for name in turn.reads}
+            said[turn.name] = self.task.teach(problem, turn.name, heard, self.rng, self._noise(turn.name) if noisy else 0.0)
+            prompt = turn.render({"problem": problem.text, **heard})
+            pairs.append((self._ids(prompt), [*self._ids(said[turn.name]), self.tokenizer.eos_token_id]))
+        return pairs
+
+    def _noise(self, turn: str) -> float:
+        noise = self.section.noise
+        return noise if isinstance(noise, float) else noise.get(turn, 0.0)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def _imitate(model, pairs: Sequence[Pair]) -> Tensor:
+    """Cross-entropy of what was to be said, mean over its tokens."""
+    length = max(len(p) + len(t) for p, t in pairs)
+    ids_BL = torch.zeros(len(pairs), length, dtype=torch.long)
+    labels_BL = torch.full((len(pairs), length), -100)
+    for row, (prompt, target) in enumerate(pairs):
+        ids_BL[row, : len(prompt) + len(target)] = torch.tensor(prompt + target)
+        labels_BL[row, len(prompt) : len(prompt) + len(target)] = torch.tensor(target)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits_BLV = model(input_ids=ids_BL).logits
+    return torch.nn.functional.cross_entropy(
+        logits_BLV[:, :-1].float().flatten(0, 1), labels_BL[:, 1:].flatten(), ignore_index=-100
+    )

@@ -1,0 +1,154 @@
+"""Episodes on disk: one gzip-compressed JSONL file a step, one line a problem, in a versioned schema (``docs/episodes.md``)."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ccpo.errors import UserError
+from ccpo.types import Completion, Counterfactual, FinishReason, Group, Problem, Rollout, Turn
+
+SCHEMA = "ccpo.episodes/1"
+
+PerAgent = Mapping[str, Sequence[Sequence[float]]]
+"""Values by agent, then problem, then rollout."""
+
+
+def write_episodes(
+    path: Path, step: int, groups: Sequence[Group], credit: PerAgent, advantage: PerAgent, *, tokens: bool = True
+) -> None:
+    """Write one step's groups atomically. ``tokens=False`` leaves token ids and log-probs out."""
+    lines = [json.dumps({"schema": SCHEMA, "step": step, "problems": len(groups)})]
+    for p, group in enumerate(groups):
+        rollouts = [
+            {
+                "n": n,
+                "reward": rollout.reward,
+                "answer": rollout.answer,
+                "scores": dict(rollout.scores),
+                "credit": {agent: _number(values[p][n]) for agent, values in credit.items()},
+                "advantage": {agent: _number(values[p][n]) for agent, values in advantage.items()},
+                "turns": [_turn(t, tokens) for t in rollout.turns],
+            }
+            for n, rollout in enumerate(group.rollouts)
+        ]
+        counterfactuals = [
+            {
+                "removed": list(c.removed),
+                "rollout": c.rollout,
+                "draw": c.draw,
+                "reward": c.reward,
+                "answer": c.answer,
+                "cached": c.cached,
+                "turns": [_turn(t, tokens) for t in c.turns],
+            }
+            for c in group.counterfactuals
+        ]
+        problem = group.problem
+        lines.append(
+            json.dumps(
+                {
+                    "step": step,
+                    "problem": {
+                        "id": problem.id,
+                        "text": problem.text,
+                        "answer": problem.answer,
+                        "source": problem.source,
+                    },
+                    "rollouts": rollouts,
+                    "counterfactuals": counterfactuals,
+                }
+            )
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", compresslevel=5, mtime=0) as file:
+        file.write(("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(buffer.getvalue())
+    os.replace(temporary, path)
+
+
+def read_episodes(path: Path) -> Iterator[tuple[Group, dict[str, Any]]]:
+    """The groups of one file, each with the raw record it came from. Raises UserError on another schema."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        header = json.loads(file.readline() or "{}")
+        if header.get("schema") != SCHEMA:
+            raise UserError(f"{path}: schema {header.get('schema')!r}; this version reads {SCHEMA!r}")
+        for line in file:
+            record = json.loads(line)
+            yield (
+                Group(
+                    problem=Problem(**record["problem"]),
+                    rollouts=tuple(
+                        Rollout(
+                            turns=tuple(_read_turn(t) for t in r["turns"]),
+                            answer=r["answer"],
+                            reward=r["reward"],
+                            scores=r["scores"],
+                        )
+                        for r in record["rollouts"]
+                    ),
+                    counterfactuals=tuple(
+                        Counterfactual(
+                            removed=tuple(c["removed"]),
+                            rollout=c["rollout"],
+                            draw=c["draw"],
+                            turns=tuple(_read_turn(t) for t in c["turns"]),
+                            answer=c["answer"],
+                            reward=c["reward"],
+                            cached=c["cached"],
+                        )
+                        for c in record["counterfactuals"]
+                    ),
+                ),
+                record,
+            )
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _turn(turn: Turn, tokens: bool) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "name": turn.name,
+        "agent": turn.agent,
+        "policy": turn.policy,
+        "prompt": turn.prompt,
+        "text": turn.completion.text,
+        "message": turn.message,
+        "finish": str(turn.completion.finish),
+        "cut_tokens": turn.cut_tokens,
+        "temperature": turn.temperature,
+    }
+    if tokens:
+        record["prompt_ids"] = list(turn.prompt_ids)
+        record["token_ids"] = list(turn.completion.token_ids)
+        record["logprobs"] = [round(x, 6) for x in turn.completion.logprobs]
+    return record
+
+
+def _read_turn(record: Mapping[str, Any]) -> Turn:
+    return Turn(
+        name=record["name"],
+        agent=record["agent"],
+        policy=record["policy"],
+        prompt=record["prompt"],
+        prompt_ids=tuple(record.get("prompt_ids", ())),
+        completion=Completion(
+            token_ids=tuple(record.get("token_ids", ())),
+            logprobs=tuple(record.get("logprobs", ())),
+            text=record["text"],
+            finish=FinishReason(record["finish"]),
+        ),
+        message=record["message"],
+        cut_tokens=record["cut_tokens"],
+        temperature=record["temperature"],
+    )

@@ -1,0 +1,80 @@
+"""Scores plays: the verifier reads every text that the decision reads, and the decision makes them one reward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from ccpo.rollout.lanes import Lane
+from ccpo.rollout.voices import Limits
+from ccpo.tasks.base import Task
+from ccpo.teams import Ballot, Function, Team
+from ccpo.types import FinishReason, Problem, Turn, Verdict
+
+
+def score_lanes(team: Team, task: Task, lanes: Sequence[Lane], limits: Limits) -> None:
+    """Set reward, answer and scores of every lane.
+
+    A truncated turn, where truncation is paid nothing, makes its ballot an abstention, and takes the whole reward where one turn
+    decides: an answer that rests on a cut-off thought is not paid either.
+    """
+    if isinstance(team.decision, Function):
+        _score_function(team, task, lanes, limits)
+        return
+    pairs: list[tuple[Problem, str]] = []
+    places: list[tuple[Lane, str]] = []
+    for lane in lanes:
+        for name in team.decision.reads:
+            text = _ballot_text(lane, name)
+            if text is not None and not (limits.truncated_is_zero and _truncated(lane.turn(name))):
+                pairs.append((lane.problem, text))
+                places.append((lane, name))
+    verdicts: dict[tuple[int, str], Verdict] = {
+        (id(lane), name): verdict for (lane, name), verdict in zip(places, task.verify(pairs), strict=True)
+    }
+    for lane in lanes:
+        ballots = []
+        for name in team.decision.reads:
+            verdict = verdicts.get((id(lane), name))
+            lane.scores[name] = verdict.score if verdict else 0.0
+            if verdict is not None:
+                ballots.append(
+                    Ballot(turn=name, answer=verdict.answer, score=verdict.score, weight=_confidence(lane.turn(name)))
+                )
+        decided = team.decision.decide(ballots)
+        lane.answer = decided.answer
+        lane.reward = 0.0 if _void(team, lane, limits) else decided.reward
+
+
+def _score_function(team: Team, task: Task, lanes: Sequence[Lane], limits: Limits) -> None:
+    texts = []
+    for lane in lanes:
+        messages = {name: text for name in team.decision.reads if (text := _ballot_text(lane, name)) is not None}
+        texts.append(team.decision.fn(lane.problem, messages) if messages else "")
+    verdicts = task.verify([(lane.problem, text) for lane, text in zip(lanes, texts, strict=True)])
+    for lane, verdict in zip(lanes, verdicts, strict=True):
+        lane.answer = verdict.answer
+        lane.reward = 0.0 if _void(team, lane, limits) else verdict.score
+        lane.scores = {name: 0.0 for name in team.decision.reads}
+
+
+def _void(team: Team, lane: Lane, limits: Limits) -> bool:
+    one_decides = team.decider is not None or isinstance(team.decision, Function)
+    return limits.truncated_is_zero and one_decides and any(_truncated(turn) for turn in lane.all_turns(team))
+
+
+def _truncated(turn: Turn | None) -> bool:
+    return turn is not None and turn.completion.finish is FinishReason.LENGTH
+
+
+def _ballot_text(lane: Lane, name: str) -> str | None:
+    """The raw text that is verified: what the turn said, or what stands in its place; None where it is gone."""
+    turn = lane.turn(name)
+    return turn.completion.text if turn is not None else lane.message(name)
+
+
+def _confidence(turn: Turn | None) -> float:
+    """exp of the mean log-probability of the turn's tokens; 1 for a text that nobody sampled."""
+    if turn is None or not turn.completion.logprobs:
+        return 1.0
+    return math.exp(math.fsum(turn.completion.logprobs) / len(turn.completion.logprobs))

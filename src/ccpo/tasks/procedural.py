@@ -1,0 +1,189 @@
+"""Small tasks that tiny models can learn on a CPU, each with a teacher from which a base model is bootstrapped.
+
+A problem is a pure function of (seed, split, index). Train and test never share a problem: a text belongs to the test split when its
+CRC-32 is 0 modulo 10. A *teacher* says what a turn would say: right, or wrong with probability ``noise`` in the way that a careless
+agent is wrong (an error that is carried on, another letter).
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ccpo.errors import UserError
+from ccpo.tasks.verifiers import choice_verdict, exact_verdict
+from ccpo.types import Problem, Verdict
+
+Heard = Mapping[str, str | None]
+"""The messages a turn reads, by turn name; None where the speaker was removed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProceduralTask:
+    """Problems made from a seed. ``size`` problems; ``split`` train or test; ``seed`` chooses another stream."""
+
+    size: int = 100_000
+    split: Literal["train", "test"] = "train"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UserError(f"task.size is {self.size}; a task needs at least one problem")
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Problem:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        for attempt in range(1000):
+            rng = random.Random(f"{self.name}/{self.seed}/{self.split}/{index}/{attempt}")
+            problem = self.make(rng, f"{self.name}-{self.split}-{self.seed}-{index}")
+            if (zlib.crc32(problem.text.encode()) % 10 == 0) == (self.split == "test"):
+                return problem
+        raise UserError(f"{self.name}: the {self.split} split has no problem of this form; make the problems longer")
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def alphabet(self) -> str:
+        """Every character that its problems and its teacher can write."""
+
+    @abstractmethod
+    def make(self, rng: random.Random, identity: str) -> Problem: ...
+
+    @abstractmethod
+    def teach(self, problem: Problem, turn: str, heard: Heard, rng: random.Random, noise: float) -> str:
+        """What ``turn`` says of ``problem`` after it heard ``heard``; wrong with probability ``noise``."""
+
+    def verify(self, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        return [exact_verdict(problem, text) for problem, text in pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitSum(ProceduralTask):
+    """The last digit of a sum of digits, ``3+7+1+4`` → 5. The thinker writes each digit with the running sum so far,
+    ``33 70 11 45``; the solver reads the last.
+
+    A transformer of a million parameters learns it with that scratchpad and fails without: the thought is needed.
+    """
+
+    digits: tuple[int, int] = (3, 9)
+    name = "digit_sum"
+    alphabet = "0123456789+ "
+
+    def make(self, rng: random.Random, identity: str) -> Problem:
+        low, high = self.digits
+        numbers = [rng.randrange(10) for _ in range(rng.randint(low, high))]
+        return Problem(id=identity, text="+".join(map(str, numbers)), answer=str(sum(numbers) % 10), source=self.name)
+
+    def teach(self, problem: Problem, turn: str, heard: Heard, rng: random.Random, noise: float) -> str:
+        numbers = [int(d) for d in problem.text.split("+")]
+        if turn != "solver":
+            return scratchpad(numbers, rng, noise)
+        thought = heard.get("thinker")
+        return thought[-1] if thought else problem.answer
+
+
+def scratchpad(numbers: Sequence[int], rng: random.Random, noise: float, start: int = 0) -> str:
+    """Each number beside the sum so far, modulo 10; with probability ``noise`` one addition is wrong and the error is carried on."""
+    slip = rng.randrange(len(numbers)) if rng.random() < noise else -1
+    steps, total = [], start
+    for i, number in enumerate(numbers):
+        total += number + (rng.randrange(1, 10) if i == slip else 0)
+        steps.append(f"{number}{total % 10}")
+    return " ".join(steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruthChoice(ProceduralTask):
+    """Multiple choice: which of the statements is true? ``A T&F B F|T&T C F^F D T&F`` → B. Exactly one is.
+
+    A statement joins ``literals`` truth values with and, or, exclusive or, read from left to right.
+    """
+
+    options: int = 4
+    literals: int = 3
+    name = "truth_choice"
+    alphabet = "ABCDEFGHTF&|^ "
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (2 <= self.options <= 8 and self.literals >= 1):
+            raise UserError(
+                f"task.options is {self.options} and task.literals {self.literals}; the truth choice has 2 to 8 options of 1 literal or more"
+            )
+
+    def make(self, rng: random.Random, identity: str) -> Problem:
+        letters = "ABCDEFGH"[: self.options]
+        answer = rng.choice(letters)
+        statements = {letter: self._statement(rng, letter == answer) for letter in letters}
+        text = " ".join(f"{letter} {statement}" for letter, statement in statements.items())
+        return Problem(id=identity, text=text, answer=answer, source=self.name, meta={"choices": statements})
+
+    def _statement(self, rng: random.Random, truth: bool) -> str:
+        while True:
+            values = [rng.random() < 0.5 for _ in range(self.literals)]
+            operators = [rng.choice("&|^") for _ in values[1:]]
+            result, text = values[0], "FT"[values[0]]
+            for operator, value in zip(operators, values[1:], strict=True):
+                result = {"&": result and value, "|": result or value, "^": result != value}[operator]
+                text += operator + "FT"[value]
+            if result == truth:
+                return text
+
+    def teach(self, problem: Problem, turn: str, heard: Heard, rng: random.Random, noise: float) -> str:
+        if rng.random() >= noise:
+            return problem.answer
+        return rng.choice(sorted(problem.meta["choices"]))
+
+    def verify(self, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        return [choice_verdict(problem, text) for problem, text in pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainSum(ProceduralTask):
+    """The last digit of a sum whose digits come in ``parts`` parts, ``31|59|26`` → 6: one agent a part.
+
+    In a chain, agent i writes the running sums of its part from the total that agent i-1 handed on. With a manager, the plan copies
+    the parts, worker i sums part i, and the manager adds what the workers say.
+    """
+
+    parts: int = 3
+    digits: tuple[int, int] = (1, 3)
+    name = "chain_sum"
+    alphabet = "0123456789| "
+
+    def make(self, rng: random.Random, identity: str) -> Problem:
+        low, high = self.digits
+        parts = [[rng.randrange(10) for _ in range(rng.randint(low, high))] for _ in range(self.parts)]
+        text = "|".join("".join(map(str, part)) for part in parts)
+        return Problem(id=identity, text=text, answer=str(sum(map(sum, parts)) % 10), source=self.name)
+
+    def teach(self, problem: Problem, turn: str, heard: Heard, rng: random.Random, noise: float) -> str:
+        parts = [[int(d) for d in part] for part in problem.text.split("|")]
+        if turn == "plan":
+            return " ".join("".join(map(str, part)) for part in parts)
+        if turn == "final":
+            said = [int(text[-1]) for text in heard.values() if text and text[-1].isdigit()]
+            return scratchpad(said or [0], rng, noise)
+        index = min(_number_in(turn), self.parts)
+        before = [text for text in heard.values() if text and text[-1].isdigit()]
+        start = int(before[-1][-1]) if before and turn.startswith("agent") else 0
+        known = parts[index - 1] if before or index == 1 or not turn.startswith("agent") else sum(parts[:index], [])
+        return scratchpad(known, rng, noise, start)
+
+
+def _number_in(turn: str) -> int:
+    digits = "".join(c for c in turn if c.isdigit())
+    return int(digits) if digits else 1
+
+
+PROCEDURAL = {"digit_sum": DigitSum, "truth_choice": TruthChoice, "chain_sum": ChainSum}
