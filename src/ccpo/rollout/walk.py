@@ -22,7 +22,7 @@ from ccpo.rollout.score import score_lanes
 from ccpo.rollout.seeds import seed_of
 from ccpo.rollout.voices import Limits, Voice
 from ccpo.tasks.base import Task
-from ccpo.teams import Fate, Plan, Team, TurnSpec, render_prompt, strip_boxed
+from ccpo.teams import Fate, Plan, Prompt, Team, TurnSpec, render_prompt, strip_boxed
 from ccpo.types import Coalition, Counterfactual, Group, Problem, Removal, Request, Rollout, Turn
 
 
@@ -138,10 +138,11 @@ class Walker:
                 temperature=request.temperature,
             )
 
-    def _prompt(self, lane: Lane, spec: TurnSpec, voice: Voice):
+    def _prompt(self, lane: Lane, spec: TurnSpec, voice: Voice) -> Prompt:
         return render_prompt(
             spec,
-            {"problem": lane.problem.text, **{name: lane.message(name) for name in spec.reads}},
+            lane.problem.text,
+            {name: lane.message(name) for name in spec.reads},
             voice.tokenizer,
             system=self.team.agent(spec.agent).system,
             budget=self.limits.max_prompt_tokens,
