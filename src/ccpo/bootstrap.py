@@ -147,7 +147,7 @@ class Lessons:
             alone = self.rng.random() < self.section.solo
             heard = {name: None if alone else said[name] for name in turn.reads}
             said[turn.name] = self.task.teach(problem, turn.name, heard, self.rng, self._noise(turn.name) if noisy else 0.0)
-            prompt = turn.render(problem.text, heard)
+            prompt = turn.render({"problem": problem.text, **heard})
             pairs.append((self._ids(prompt), [*self._ids(said[turn.name]), self.tokenizer.eos_token_id]))
         return pairs
 

@@ -202,7 +202,7 @@ class RunConfig(Section):
     bootstrap: BootstrapSection = BootstrapSection()
     agents: dict[str, AgentSection] = {}
     team: Part = Part(kind="think_solve")
-    task: Part
+    task: Part | None = None
     eval: EvalSection = EvalSection()
     credit: Part = Part(kind="ccpo_v1")
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "none"] = "grpo"

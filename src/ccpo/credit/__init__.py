@@ -1,0 +1,43 @@
+"""Credit: who in the team earned the reward. Pure functions of tensors; start with :mod:`ccpo.credit.removal`.
+
+``RULES`` maps a recipe's ``credit.kind`` to a rule, ``ESTIMATORS`` its ``advantage`` to a function.
+"""
+
+from __future__ import annotations
+
+from ccpo.credit.advantage import ESTIMATORS
+from ccpo.credit.base import CreditRule, State
+from ccpo.credit.ccpo_v1 import CCPOv1
+from ccpo.credit.ccpo_v2 import CCPOv2
+from ccpo.credit.history import Ema
+from ccpo.credit.own import OwnCorrectness
+from ccpo.credit.removal import Pairing, has_spread, marginal, paired_or_mean
+from ccpo.credit.removal_rule import RemovalCredit
+from ccpo.credit.shared import SharedReward
+from ccpo.credit.telemetry import telemetry
+
+RULES: dict[str, type] = {
+    "ccpo_v1": CCPOv1,
+    "ccpo_v2": CCPOv2,
+    "shared": SharedReward,
+    "removal": RemovalCredit,
+    "own": OwnCorrectness,
+}
+
+__all__ = [
+    "ESTIMATORS",
+    "RULES",
+    "CCPOv1",
+    "CCPOv2",
+    "CreditRule",
+    "Ema",
+    "OwnCorrectness",
+    "Pairing",
+    "RemovalCredit",
+    "SharedReward",
+    "State",
+    "has_spread",
+    "marginal",
+    "paired_or_mean",
+    "telemetry",
+]

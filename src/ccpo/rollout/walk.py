@@ -71,9 +71,7 @@ class Walker:
         joint = [
             Lane(slot=slot, problem=problem, rollout=n) for slot, problem in enumerate(problems) for n in range(ask.samples)
         ]
-        plans = {
-            c: self.team.plan(c, how=ask.removal, placeholder=ask.placeholder) for c in sorted(ask.coalitions)
-        }
+        plans = {c: self.team.plan(c, ask.removal, ask.placeholder) for c in sorted(ask.coalitions)}
         cached: dict[tuple[Coalition, int], list[float]] = {}
         lanes: dict[Coalition, list[Lane]] = {}
         for coalition, plan in plans.items():
@@ -141,8 +139,7 @@ class Walker:
     def _prompt(self, lane: Lane, spec: TurnSpec, voice: Voice) -> Prompt:
         return render_prompt(
             spec,
-            lane.problem.text,
-            {name: lane.message(name) for name in spec.reads},
+            {"problem": lane.problem.text, **{name: lane.message(name) for name in spec.reads}},
             voice.tokenizer,
             system=self.team.agent(spec.agent).system,
             budget=self.limits.max_prompt_tokens,
@@ -166,7 +163,7 @@ class Walker:
         if not plan.per_problem or plan.free:
             return
         signature = self._signature(plan)
-        lasting = not any(spec.agent in ask.training for spec in plan.redo)
+        lasting = not any(spec.agent in ask.training for spec in plan.decoded)
         rewards: dict[str, list[float]] = defaultdict(list)
         for lane in lanes:
             rewards[lane.problem.id].append(lane.reward)

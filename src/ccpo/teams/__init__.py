@@ -1,23 +1,42 @@
-"""Teams: who speaks, who reads whom, and how one answer comes of it."""
+"""Teams: agents, the graph of their turns, removal as graph surgery, decision rules, prompts."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ccpo.teams.boxed import strip_boxed
 from ccpo.teams.chat import Prompt, render_prompt
-from ccpo.teams.decisions import Ballot, Decided, Decision, Function, Judge, LastTurn, Vote
-from ccpo.teams.graph import Agent, Fate, Plan, Team, TurnSpec
+from ccpo.teams.decisions import (
+    DECISIONS,
+    Ballot,
+    Decided,
+    Decision,
+    Function,
+    Judge,
+    LastTurn,
+    Majority,
+    Sampled,
+    Weighted,
+)
+from ccpo.teams.graph import Agent, Team, TurnSpec
+from ccpo.teams.plan import Fate, Plan
 from ccpo.teams.play import PlayTeam, Speak
 from ccpo.teams.ready import chain, debate, manager_workers, think_solve, voting
-from ccpo.teams.spec import graph, load_object
-from ccpo.teams.templates import Template, strip_boxed
+from ccpo.teams.spec import custom, team_from_dict
+from ccpo.teams.templates import Template
+from ccpo.teams.votes import VoteKind, majority_BK, recount_without
 
-TEAMS = {
+TEAMS: dict[str, Callable[..., Team]] = {
     "think_solve": think_solve,
     "voting": voting,
     "chain": chain,
     "debate": debate,
     "manager_workers": manager_workers,
-    "graph": graph,
+    "custom": custom,
 }
 
 __all__ = [
+    "DECISIONS",
     "TEAMS",
     "Agent",
     "Ballot",
@@ -27,21 +46,26 @@ __all__ = [
     "Function",
     "Judge",
     "LastTurn",
+    "Majority",
     "Plan",
     "PlayTeam",
     "Prompt",
+    "Sampled",
     "Speak",
     "Team",
     "Template",
     "TurnSpec",
-    "Vote",
+    "VoteKind",
+    "Weighted",
     "chain",
+    "custom",
     "debate",
-    "graph",
-    "load_object",
+    "majority_BK",
     "manager_workers",
+    "recount_without",
     "render_prompt",
     "strip_boxed",
+    "team_from_dict",
     "think_solve",
     "voting",
 ]

@@ -1,22 +1,20 @@
-"""Makes the prompt of a turn for the reader's tokenizer: chat template, lengths, and no special tokens out of foreign text."""
+"""Renders the prompt of a turn for the tokenizer that will read it, within a budget of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from ccpo.errors import UserError
 from ccpo.teams.graph import TurnSpec
-from ccpo.teams.templates import Filled
-
-_MARK = "ccpo7f3a{}body"  # stands for the user's text while the chat template is rendered
+from ccpo.teams.reader import Reader, reader_of, scatter
+from ccpo.teams.templates import Values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """``cut_tokens`` counts the reader's tokens that were cut from over-long messages."""
+    """A prompt as text and as tokens; ``cut_tokens`` counts the tokens that messages lost to fit."""
 
     text: str
     ids: tuple[int, ...]
@@ -24,136 +22,90 @@ class Prompt:
 
 
 def render_prompt(
-    spec: TurnSpec,
-    problem: str,
-    messages: Mapping[str, str | None],
+    turn: TurnSpec,
+    values: Values,
     tokenizer: Any,
     *,
     system: str | None = None,
-    budget: int = 4096,
+    budget: int,
     max_message_tokens: int | None = None,
+    keep_tail: bool = False,
 ) -> Prompt:
-    """The prompt of ``spec`` in the tokens of the one who is to speak.
+    """The prompt of ``turn``: its template with ``values``, the system prompt, the tokenizer's chat template where it has one.
 
-    The reader's tokenizer cuts each message to ``max_message_tokens``, then the longest messages to what fits in ``budget`` tokens; a
-    message loses its end, the problem is never cut. Special tokens written out in a problem or message are read as plain text.
-    Raises UserError when the prompt does not fit even without any message.
+    Messages longer than ``max_message_tokens`` are cut to it, and while the prompt is longer than ``budget`` tokens the longest messages are cut
+    further, evenly, keeping their heads (or tails). The problem is never cut. Nothing in ``values`` can put a special token into the prompt: text that
+    imitates one gets a space inside it.
+
+    Raises :class:`~ccpo.errors.UserError` where the prompt is too long without any message.
     """
-    head, tail = _frame(tokenizer, system)
-    known = {name: text for name, text in messages.items() if text is not None}
-    caps = {name: max_message_tokens for name in known}
-    cut = _cut(known, caps, tokenizer)
-    prompt = _assemble(head, spec.fill(problem, {**messages, **cut.texts}), tail, tokenizer, cut.tokens)
-    while len(prompt.ids) > budget:
-        longest = max(cut.lengths, key=lambda name: cut.lengths[name], default=None)
-        if longest is None or cut.lengths[longest] == 0:
-            raise UserError(
-                f"turn {spec.name!r}: the prompt has {len(prompt.ids)} tokens even without any message, more than the {budget} allowed; "
-                "raise rollout.max_prompt_tokens (within the model's context) or leave long problems out. "
-                f"The problem begins: {problem[:60]!r}"
-            )
-        caps[longest] = max(0, cut.lengths[longest] - max(1, len(prompt.ids) - budget))
-        cut = _cut(known, caps, tokenizer)
-        prompt = _assemble(head, spec.fill(problem, {**messages, **cut.texts}), tail, tokenizer, cut.tokens)
-    return prompt
+    reader = reader_of(tokenizer)
+    given = {name: text and reader.defuse(text) for name, text in values.items()}
+    job = _Job(turn=turn, reader=reader, system=system, budget=budget, cap=max_message_tokens, tail=keep_tail)
+    prompt = job.fit(given)
+    if reader.marks(prompt.ids) == job.expected_marks(given):
+        return prompt
+    # A token was made across a border (a message "<|im_" before a message "end|>"), or by the tokenizer's own normalisation.
+    return job.fit({name: text and scatter(text) for name, text in given.items()})
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    texts: Mapping[str, str]
-    lengths: Mapping[str, int]
-    tokens: int
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    turn: TurnSpec
+    reader: Reader
+    system: str | None
+    budget: int
+    cap: int | None
+    tail: bool
+
+    def fit(self, values: Values) -> Prompt:
+        shown, cut = dict(values), 0
+        messages = [name for name in self.turn.reads if shown.get(name)]
+        if self.cap is not None:
+            cut += self._cut_to(self.cap, shown, messages)
+        text, ids = self._prompt(shown)
+        while len(ids) > self.budget:
+            lengths = [self.reader.length(shown[name]) for name in messages]
+            if not any(lengths):
+                raise UserError(
+                    f"the prompt of turn {self.turn.name!r} has {len(ids)} tokens without any message, and the budget is {self.budget}; "
+                    "raise rollout.max_prompt_tokens, shorten the template or leave out such long problems"
+                )
+            cut += self._cut_to(_level(lengths, len(ids) - self.budget), shown, messages)
+            text, ids = self._prompt(shown)
+        return Prompt(text=text, ids=ids, cut_tokens=cut)
+
+    def expected_marks(self, values: Values) -> tuple[int, ...]:
+        """The special tokens that the frame and the template bring themselves."""
+        present = tuple(sorted(name for name, text in values.items() if text is not None))
+        key = (self.turn.template, self.turn.reads, self.turn.dropped, present, self.system)
+        known = self.reader.expected
+        if key not in known:
+            if len(known) >= 1024:
+                known.clear()
+            bare = {name: None if text is None else "x" for name, text in values.items()}
+            known[key] = self.reader.marks(self._prompt(bare)[1])
+        return known[key]
+
+    def _prompt(self, values: Values) -> tuple[str, tuple[int, ...]]:
+        text = self.reader.frame(self.turn.render(values), self.system)
+        return text, self.reader.ids(text)
+
+    def _cut_to(self, limit: int, shown: dict[str, str | None], messages: Collection[str]) -> int:
+        """Cut ``messages`` in ``shown`` to ``limit`` tokens each; returns the number of tokens cut."""
+        cut = 0
+        for name in messages:
+            before = self.reader.length(shown[name])
+            if before > limit:
+                shown[name] = self.reader.cut(shown[name], limit, tail=self.tail)
+                cut += before - self.reader.length(shown[name])
+        return cut
 
 
-def _cut(messages: Mapping[str, str], caps: Mapping[str, int | None], tokenizer: Any) -> _Cut:
-    texts, lengths, lost = {}, {}, 0
-    for name, text in messages.items():
-        ids = _plain_ids(text, tokenizer)
-        cap = caps[name]
-        if cap is not None and len(ids) > cap:
-            lost += len(ids) - cap
-            ids = ids[:cap]
-            text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
-        texts[name], lengths[name] = text, len(ids)
-    return _Cut(texts, lengths, lost)
-
-
-def _frame(tokenizer: Any, system: str | None) -> tuple[str, str]:
-    """What the chat template writes before and after the user's text."""
-    if not getattr(tokenizer, "chat_template", None):
-        return (f"{system}\n\n" if system else ""), ""
-    return _chat_frame(tokenizer, tokenizer.chat_template, system)
-
-
-@lru_cache(maxsize=64)
-def _chat_frame(tokenizer: Any, template: str, system: str | None) -> tuple[str, str]:
-    mark = _MARK.format("user")
-    user = {"role": "user", "content": mark}
-    chats: list[list[dict[str, str]]] = [[{"role": "system", "content": system}, user]] if system else [[user]]
-    if system:  # templates without a system role (Gemma): the system text goes before the user's
-        chats.append([{"role": "user", "content": f"{system}\n\n{mark}"}])
-    for i, chat in enumerate(chats):
-        try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        except Exception as error:  # a template is the model author's program: whatever it raises says that it refused
-            if i + 1 == len(chats):
-                raise UserError(f"the tokenizer's chat template failed: {error}") from None
-            continue
-        head, found, tail = text.partition(mark)
-        if found:
-            return head, tail
-    raise UserError("the tokenizer's chat template drops the user's message; give the tokenizer another template")
-
-
-def _assemble(head: str, pieces: Sequence[Filled], tail: str, tokenizer: Any, cut: int) -> Prompt:
-    """Join the pieces. Text from outside is encoded apart wherever it writes out a special token, so that it cannot act as one."""
-    special = _special_tokens(tokenizer)
-    foreign = [p for p in pieces if p.name is not None and any(s in p.text for s in special)]
-    text = head + "".join(p.text for p in pieces) + tail
-    chat = bool(getattr(tokenizer, "chat_template", None))
-    if not foreign:
-        ids = tokenizer.encode(text, add_special_tokens=not chat)
-        if not chat:
-            ids = _without_end(ids, tokenizer)
-        return Prompt(text=text, ids=tuple(ids), cut_tokens=cut)
-    ids = list(tokenizer.encode(head, add_special_tokens=False)) if head else []
-    if not chat and getattr(tokenizer, "bos_token_id", None) is not None and tokenizer.encode("", add_special_tokens=True):
-        ids.insert(0, tokenizer.bos_token_id)
-    for piece in pieces:
-        if piece.text:
-            ids += _plain_ids(piece.text, tokenizer) if piece.name is not None else tokenizer.encode(piece.text, add_special_tokens=False)
-    ids += tokenizer.encode(tail, add_special_tokens=False) if tail else []
-    return Prompt(text=text, ids=tuple(ids), cut_tokens=cut)
-
-
-def _without_end(ids: list[int], tokenizer: Any) -> list[int]:
-    """Some tokenizers close a text with an end token, which would end the turn before it begins."""
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _special_tokens(tokenizer: Any) -> tuple[str, ...]:
-    return tuple(t for t in tokenizer.get_added_vocab() if t) + tuple(tokenizer.all_special_tokens)
-
-
-def _plain_ids(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of foreign text; where it writes out a special token, that is spelt in ordinary tokens."""
-    if not text:
-        return []
-    special = [t for t in _special_tokens(tokenizer) if t in text]
-    if not special:
-        return tokenizer.encode(text, add_special_tokens=False)
-    ids: list[int] = []
-    rest = text
-    while rest:
-        hits = [(rest.find(t), t) for t in special if t in rest]
-        if not hits:
-            return ids + tokenizer.encode(rest, add_special_tokens=False)
-        place, token = min(hits, key=lambda hit: (hit[0], -len(hit[1])))
-        # one character away from the rest, the marker is no longer one: encode it in two halves
-        ids += tokenizer.encode(rest[: place + 1], add_special_tokens=False)
-        rest = rest[place + 1 :]
-        if len(token) == 1:
-            continue
-    return ids
-
-
+def _level(lengths: Collection[int], excess: int) -> int:
+    """The greatest length to which the longest can be cut so that ``excess`` tokens go; 0 where all of them are not enough."""
+    ordered = sorted(lengths, reverse=True)
+    for count, following in enumerate([*ordered[1:], 0], start=1):
+        if sum(ordered[:count]) - count * following >= excess:
+            return (sum(ordered[:count]) - excess) // count
+    return 0

@@ -1,145 +1,213 @@
-"""Ready-made teams. Each is a dozen lines of data; prompts are for instruction-tuned models and can be replaced turn by turn."""
+r"""Ready-made teams, with prompts for instruction-tuned models on questions whose answer goes into ``\boxed{}``.
+
+Every prompt can be replaced: ``prompts`` maps a turn's name, or an agent's for all of its turns, to a template. ``system`` is one system prompt, or one by
+agent. ``shared_policy`` lets all agents speak with the same weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from ccpo.errors import UserError, nearest
-from ccpo.teams.decisions import LastTurn, Vote
+from ccpo.teams.decisions import LastTurn, Majority, Sampled, Weighted
 from ccpo.teams.graph import Agent, Team, TurnSpec
 
-Texts = Mapping[str, str]
+Prompts = Mapping[str, str]
+System = str | Mapping[str, str] | None
 
-ANSWER = "Put your final answer in \\boxed{}."
+ANSWER = r"Reason step by step, and put your final answer within \boxed{}."
 
 THINKER = (
-    "{problem}\n\nYou are the analyst of a team. Think the problem through step by step and write down the analysis that a colleague "
-    "needs to answer it. Do not give the final answer."
+    "{problem}\n\nThink about this problem for a colleague who will write the final solution. Say what matters: the idea, the steps, "
+    "the intermediate results and the places where one goes wrong. Do not state the final answer and do not write \\boxed{}."
 )
-SOLVER = "{problem}[[\n\nA colleague's analysis, which may contain mistakes:\n{thinker}]]\n\nReason step by step. " + ANSWER
+
+SOLVER = r"""{problem}[[
+
+A colleague has thought about this problem:
+{thinker}
+
+Use what is right in these thoughts and correct what is wrong.]]
+
+Reason step by step, and put your final answer within \boxed{}."""
+
+VOTER = "{problem}\n\n" + ANSWER
+
+FIRST = VOTER
+
+DEBATER = (
+    "{problem}[[\n\nYour previous answer:\n{OWN}]][[\n\nOther agents have answered:\n\n{upstream}\n\n"
+    "Compare these answers with your own reasoning.]]\n\n" + ANSWER
+)
+
+LINK = r"""{problem}[[
+
+A colleague has worked on this problem before you:
+{PREVIOUS}
+
+Check this work, correct what is wrong and carry it on.]]
+
+Reason step by step, and put your final answer within \boxed{}."""
+
+PLAN = (
+    "{problem}\n\nYou lead a team of {COUNT}. Do not solve the problem yourself. Split it into parts that can be worked on at the same "
+    "time, one for each worker, worker1 to worker{COUNT}, and write for each of them what to find out."
+)
+
+WORKER = """{problem}[[
+
+The manager's plan:
+{plan}
+
+You are {NAME}. Do your part of this plan.]]
+
+Work step by step, and state clearly what you have found."""
+
+FINAL = r"""{problem}[[
+
+Your plan:
+{plan}]][[
+
+Your workers report:
+
+{upstream}
+
+Check these reports and put them together.]]
+
+Reason step by step, and put your final answer within \boxed{}."""
+
+VOTES = {rule.kind: rule for rule in (Majority, Weighted, Sampled)}
 
 
 def think_solve(
-    *, prompts: Texts | None = None, systems: Texts | None = None, strip_boxed: bool = True, shared: bool = False
+    *,
+    prompts: Prompts | None = None,
+    system: System = None,
+    shared_policy: str | None = None,
+    strip_boxed: bool = False,
 ) -> Team:
-    """Thinker → Solver: the thinker writes an analysis, the solver reads it and answers (arXiv 2603.21563).
+    """Thinker → Solver: one thinks, the other reads the thought and answers (CCPO, arXiv 2603.21563).
 
-    ``strip_boxed``: a thought's trailing ``\\boxed{…}`` is hidden from the solver. ``shared``: both speak with one policy.
+    ``strip_boxed`` takes a trailing boxed answer off the thought before the solver sees it (v2's runs).
     """
-    turns = (
-        TurnSpec(name="thinker", agent="thinker", template=THINKER, strip_boxed=strip_boxed),
-        TurnSpec(name="solver", agent="solver", template=SOLVER, reads=("thinker",)),
-    )
-    return _team("think_solve", ("thinker", "solver"), turns, LastTurn("solver"), prompts, systems, shared)
+    turns = [
+        TurnSpec("thinker", "thinker", THINKER, strip_boxed=strip_boxed),
+        TurnSpec("solver", "solver", SOLVER),
+    ]
+    return _team("think_solve", ("thinker", "solver"), turns, LastTurn("solver"), prompts, system, shared_policy)
 
 
 def voting(
-    size: int = 3,
+    k: int = 3,
     *,
-    rule: str = "majority",
-    prompts: Texts | None = None,
-    systems: Texts | None = None,
-    shared: bool = False,
+    decision: str = "majority",
+    prompts: Prompts | None = None,
+    system: System = None,
+    shared_policy: str | None = None,
 ) -> Team:
-    """``size`` agents answer alone; the vote decides (``rule``: majority, weighted, sampled)."""
-    _at_least("team.size", size, 1)
-    if rule not in ("majority", "weighted", "sampled"):
-        raise UserError(f"team.rule is {rule!r}; it is one of majority, weighted, sampled." + nearest(rule, ["majority", "weighted", "sampled"]))
-    names = tuple(f"voter{i}" for i in range(1, size + 1))
-    turns = tuple(TurnSpec(name=n, agent=n, template="{problem}\n\nReason step by step. " + ANSWER) for n in names)
-    return _team("voting", names, turns, Vote(names, rule), prompts, systems, shared)
+    """``voter1`` … ``voterK`` answer alone and the vote decides (``majority``, ``weighted`` or ``sampled``)."""
+    names = _names("voter", k)
+    turns = [TurnSpec(name, name, VOTER) for name in names]
+    return _team("voting", names, turns, _vote(decision)(names), prompts, system, shared_policy)
 
 
-def chain(size: int = 3, *, prompts: Texts | None = None, systems: Texts | None = None, shared: bool = False) -> Team:
-    """``size`` agents in a row, each reading the one before; the last one's turn is the answer."""
-    _at_least("team.size", size, 2)
-    names = tuple(f"agent{i}" for i in range(1, size + 1))
-    turns = [TurnSpec(name=names[0], agent=names[0], template="{problem}\n\nWrite down the first steps towards a solution.")]
+def chain(
+    k: int = 3,
+    *,
+    prompts: Prompts | None = None,
+    system: System = None,
+    shared_policy: str | None = None,
+    strip_boxed: bool = False,
+) -> Team:
+    """``agent1`` → … → ``agentK``: each carries on the work of the one before it, the last one answers."""
+    names = _names("agent", k)
+    turns = [TurnSpec(names[0], names[0], FIRST, strip_boxed=strip_boxed and k > 1)]
     for before, name in zip(names, names[1:], strict=False):
-        last = name == names[-1]
-        task = "Finish the solution. " + ANSWER if last else "Check this and carry the solution on."
-        turns.append(TurnSpec(name=name, agent=name, template=f"{{problem}}[[\n\nWork so far:\n{{{before}}}]]\n\n{task}"))
-    return _team("chain", names, tuple(turns), LastTurn(names[-1]), prompts, systems, shared)
+        template = LINK.replace("{PREVIOUS}", f"{{{before}}}")
+        turns.append(TurnSpec(name, name, template, strip_boxed=strip_boxed and name != names[-1]))
+    return _team("chain", names, turns, LastTurn(names[-1]), prompts, system, shared_policy)
 
 
 def debate(
-    size: int = 3, rounds: int = 2, *, prompts: Texts | None = None, systems: Texts | None = None, shared: bool = False
+    k: int = 3,
+    rounds: int = 2,
+    *,
+    decision: str = "majority",
+    prompts: Prompts | None = None,
+    system: System = None,
+    shared_policy: str | None = None,
 ) -> Team:
-    """``size`` agents answer, then in each further round read the others' last answers and answer again; the majority decides."""
-    _at_least("team.size", size, 2)
-    _at_least("team.rounds", rounds, 1)
-    names = tuple(f"debater{i}" for i in range(1, size + 1))
-    turns = [TurnSpec(name=f"{n}_r1", agent=n, template="{problem}\n\nReason step by step. " + ANSWER) for n in names]
-    for r in range(2, rounds + 1):
-        for n in names:
-            others = tuple(f"{o}_r{r - 1}" for o in names if o != n)
-            turns.append(
-                TurnSpec(
-                    name=f"{n}_r{r}",
-                    agent=n,
-                    reads=others,
-                    template="{problem}[[\n\nWhat the others say:\n{upstream}]]\n\nWeigh their arguments and answer again. " + ANSWER,
-                )
-            )
-    return _team("debate", names, tuple(turns), Vote(tuple(f"{n}_r{rounds}" for n in names)), prompts, systems, shared)
+    """``debater1`` … ``debaterK`` answer, then in each further round read everybody's answer of the round before and answer again; a
+    vote over the last round decides. Turns are named ``debater1_round1``. ``rounds=1`` is voting."""
+    names = _names("debater", k)
+    _at_least("rounds", rounds, 1)
+    turns = [TurnSpec(f"{name}_round1", name, FIRST) for name in names]
+    for number in range(2, rounds + 1):
+        for name in names:
+            own = f"{name}_round{number - 1}"
+            others = [f"{other}_round{number - 1}" for other in names if other != name]
+            template = DEBATER.replace("{OWN}", f"{{{own}}}")
+            turns.append(TurnSpec(f"{name}_round{number}", name, template, reads=(own, *others)))
+    last = [f"{name}_round{rounds}" for name in names]
+    return _team("debate", names, turns, _vote(decision)(last), prompts, system, shared_policy)
 
 
 def manager_workers(
-    workers: int = 2, *, prompts: Texts | None = None, systems: Texts | None = None, shared: bool = False
+    k: int = 3, *, prompts: Prompts | None = None, system: System = None, shared_policy: str | None = None
 ) -> Team:
-    """A manager plans, the workers each do their part of the plan, and the manager's second turn is the answer."""
-    _at_least("team.workers", workers, 1)
-    names = tuple(f"worker{i}" for i in range(1, workers + 1))
-    turns = [TurnSpec(name="plan", agent="manager", template="{problem}\n\nSplit this into " + f"{workers} parts, one for each worker. Number them.")]
-    for i, n in enumerate(names, start=1):
-        turns.append(TurnSpec(name=n, agent=n, template=f"{{problem}}[[\n\nThe plan:\n{{plan}}]]\n\nYou are worker {i}. Do part {i}."))
-    turns.append(
-        TurnSpec(
-            name="final",
-            agent="manager",
-            reads=names,
-            template="{problem}[[\n\nWhat the workers found:\n{upstream}]]\n\nPut the parts together. " + ANSWER,
-        )
-    )
-    return _team("manager_workers", ("manager", *names), tuple(turns), LastTurn("final"), prompts, systems, shared)
-
-
-def _at_least(key: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{key} is {value}; this team needs at least {least}")
+    """The manager plans (turn ``plan``), ``worker1`` … ``workerK`` do their parts, the manager reads them and answers (turn ``final``)."""
+    workers = _names("worker", k)
+    turns = [TurnSpec("plan", "manager", PLAN.replace("{COUNT}", str(k)))]
+    turns += [TurnSpec(name, name, WORKER.replace("{NAME}", name)) for name in workers]
+    turns.append(TurnSpec("final", "manager", FINAL, reads=("plan", *workers)))
+    return _team("manager_workers", ("manager", *workers), turns, LastTurn("final"), prompts, system, shared_policy)
 
 
 def _team(
     name: str,
-    agents: tuple[str, ...],
-    turns: tuple[TurnSpec, ...],
-    decision: LastTurn | Vote,
-    prompts: Texts | None,
-    systems: Texts | None,
-    shared: bool,
+    agents: Sequence[str],
+    turns: Sequence[TurnSpec],
+    decision: LastTurn | Majority | Weighted | Sampled,
+    prompts: Prompts | None,
+    system: System,
+    shared_policy: str | None,
 ) -> Team:
-    """Put the user's prompts (by turn, or by agent for all its turns) in the place of the ready-made ones."""
-    prompts, systems = dict(prompts or {}), dict(systems or {})
-    known = [*agents, *(t.name for t in turns)]
-    for key in prompts:
-        if key not in known:
-            raise UserError(f"team.prompts.{key}: team {name!r} has no such turn or agent; it has {', '.join(dict.fromkeys(known))}." + nearest(key, known))
-    for key in systems:
-        if key not in agents:
-            raise UserError(f"team.systems.{key}: team {name!r} has no such agent; it has {', '.join(agents)}." + nearest(key, agents))
-    replaced = tuple(
-        TurnSpec(
-            name=t.name,
-            agent=t.agent,
-            template=prompts.get(t.name, prompts.get(t.agent, t.template)),
-            reads=t.reads,
-            strip_boxed=t.strip_boxed,
-        )
-        for t in turns
-    )
+    prompts = prompts or {}
+    _known("prompts", prompts, dict.fromkeys([*(t.name for t in turns), *agents]))
+    systems = dict.fromkeys(agents, system) if isinstance(system, str) else dict(system or {})
+    _known("system", systems, agents)
     return Team(
-        name=name,
-        agents=tuple(Agent(name=a, policy="shared" if shared else None, system=systems.get(a)) for a in agents),
-        turns=replaced,
-        decision=decision,
+        name,
+        tuple(Agent(a, policy=shared_policy, system=systems.get(a)) for a in agents),
+        tuple(_with_prompt(t, prompts) for t in turns),
+        decision,
     )
+
+
+def _with_prompt(turn: TurnSpec, prompts: Prompts) -> TurnSpec:
+    template = prompts.get(turn.name, prompts.get(turn.agent))
+    return turn if template is None else turn.with_template(template)
+
+
+def _known(what: str, given: Mapping[str, object], known: Sequence[str] | Mapping[str, None]) -> None:
+    for name in given:
+        if name not in known:
+            raise UserError(
+                f"{what} has {name!r}, which this team does not know; allowed: {', '.join(known)}.{nearest(name, known)}"
+            )
+
+
+def _names(prefix: str, k: int) -> tuple[str, ...]:
+    _at_least("k", k, 1)
+    return tuple(f"{prefix}{i}" for i in range(1, k + 1))
+
+
+def _at_least(what: str, value: int, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise UserError(f"team.{what} is {value!r}; it is a whole number of at least {least}")
+
+
+def _vote(kind: str) -> Callable[[Sequence[str]], Majority | Weighted | Sampled]:
+    if kind not in VOTES:
+        raise UserError(f"team.decision is {kind!r}; a vote is one of {', '.join(VOTES)}.{nearest(str(kind), VOTES)}")
+    return VOTES[kind]

@@ -1,84 +1,126 @@
-"""Teams as data: what a recipe writes under ``team: {kind: graph, …}``."""
+"""Teams written as data: the mapping that a YAML recipe holds, made into a :class:`~ccpo.teams.Team`.
+
+.. code-block:: yaml
+
+    name: critic
+    agents: {writer: {}, critic: {system: You are strict.}}
+    turns:
+      draft:  {agent: writer, template: "{problem}"}
+      review: {agent: critic, template: "{problem} [[Draft: {draft}]]"}
+      final:  {agent: writer, template: "{problem} [[Draft: {draft}]] [[Review: {review}]]"}
+    decision: {kind: last_turn, turn: final}
+
+Agents may be a plain list of names; turns may be a list of mappings with a ``name``.
+"""
 
 from __future__ import annotations
 
 import importlib
-import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ccpo.errors import UserError, nearest
-from ccpo.teams.decisions import Decision, Function, Judge, LastTurn, Vote
+from ccpo.teams.decisions import DECISIONS, Decision, Function, LastTurn
 from ccpo.teams.graph import Agent, Team, TurnSpec
 
-DECISIONS = ("last", "judge", "majority", "weighted", "sampled", "function")
+_AGENT_KEYS = ("policy", "system")
+_TURN_KEYS = ("agent", "template", "reads", "max_tokens", "strip_boxed")
 
 
-def graph(
-    *, agents: Sequence[str | Mapping[str, Any]], turns: Sequence[Mapping[str, Any]], decision: Mapping[str, Any] | None = None, name: str = "team"
+def team_from_dict(data: Mapping[str, Any]) -> Team:
+    """The team that ``data`` describes. Raises :class:`~ccpo.errors.UserError` that names the key, and what is wrong with the graph."""
+    _mapping("team", data)
+    _keys("team", data, ("name", "agents", "turns", "decision"), needed=("agents", "turns", "decision"))
+    return custom(**data)
+
+
+def custom(
+    *,
+    agents: Sequence[str] | Mapping[str, Mapping[str, Any] | None],
+    turns: Sequence[Mapping[str, Any]] | Mapping[str, Mapping[str, Any]],
+    decision: Mapping[str, Any],
+    name: str = "custom",
 ) -> Team:
-    """A team from plain data.
-
-    ``agents``: names, or mappings with name, policy, system. ``turns``: mappings with name, agent (default: the name), template,
-    reads, max_tokens, strip_boxed. ``decision``: ``{kind: last|judge, turn: NAME}``, ``{kind: majority|weighted|sampled, turns: [NAME…]}`` or
-    ``{kind: function, fn: module:function, turns: […]}``. Raises UserError naming what is wrong.
-    """
+    """A team of your own: see the module for the form of its parts."""
     return Team(
-        name=name,
-        agents=tuple(_record(Agent, {"name": a} if isinstance(a, str) else a, f"team.agents.{i}") for i, a in enumerate(agents)),
-        turns=tuple(_record(TurnSpec, {"agent": t.get("name"), **t}, f"team.turns.{i}") for i, t in enumerate(turns)),
-        decision=_decision(decision, name),
+        str(name),
+        tuple(_agent(key, value) for key, value in _named("team.agents", agents)),
+        tuple(_turn(key, value) for key, value in _named("team.turns", turns)),
+        _decision(decision),
     )
 
 
-def _record(cls: type, data: Mapping[str, Any], where: str) -> Any:
-    known = [n for n, p in inspect.signature(cls).parameters.items()]
-    for key in data:
-        if key not in known:
-            raise UserError(f"{where}.{key}: unknown key. Allowed: {', '.join(known)}." + nearest(key, known))
-    for key, parameter in inspect.signature(cls).parameters.items():
-        if parameter.default is inspect.Parameter.empty and data.get(key) is None:
-            raise UserError(f"{where}: {key!r} is required")
-    for key in ("name", "agent", "template", "policy", "system"):
-        if data.get(key) is not None and not isinstance(data[key], str):
-            raise UserError(f"{where}.{key}: found {data[key]!r}; expected text")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-    return cls(**values)
+def _agent(name: str, data: Mapping[str, Any]) -> Agent:
+    _keys(f"team.agents.{name}", data, _AGENT_KEYS)
+    return Agent(name, **data)
 
 
-def _decision(data: Mapping[str, Any] | None, team: str) -> Decision:
-    if not data:
-        raise UserError(
-            f"team {team!r} has no decision: say which turn or vote is its answer, for example decision: {{kind: last, turn: NAME}}"
-        )
-    kind, rest = data.get("kind"), {k: v for k, v in data.items() if k != "kind"}
+def _turn(name: str, data: Mapping[str, Any]) -> TurnSpec:
+    _keys(f"team.turns.{name}", data, _TURN_KEYS, needed=("agent", "template"))
+    if not isinstance(data.get("strip_boxed", False), bool):
+        raise UserError(f"team.turns.{name}.strip_boxed is {data['strip_boxed']!r}; write true or false")
+    return TurnSpec(name, **data)
+
+
+def _decision(data: Mapping[str, Any]) -> Decision:
+    where = "team.decision"
+    _mapping(where, data)
+    kind = data.get("kind")
     if kind not in DECISIONS:
-        raise UserError(f"team.decision.kind is {kind!r}; it is one of {', '.join(DECISIONS)}." + nearest(str(kind), DECISIONS))
-    wanted = {"last": {"turn"}, "judge": {"turn"}, "function": {"fn", "turns"}}.get(kind, {"turns"})
-    if set(rest) != wanted:
-        raise UserError(f"team.decision of kind {kind!r} takes {', '.join(sorted(wanted))}; found {', '.join(sorted(rest)) or 'nothing'}")
-    if kind in ("last", "judge"):
-        return (LastTurn if kind == "last" else Judge)(str(rest["turn"]))
-    if not isinstance(rest["turns"], list) or not rest["turns"]:
-        raise UserError(f"team.decision.turns is {rest['turns']!r}; expected a list of turn names")
-    turns = tuple(map(str, rest["turns"]))
-    return Function(load_object(rest["fn"], "team.decision.fn"), turns) if kind == "function" else Vote(turns, kind)
+        raise UserError(f"{where}.kind is {kind!r}; allowed: {', '.join(DECISIONS)}.{nearest(str(kind), DECISIONS)}")
+    rule = DECISIONS[kind]
+    keys = ("turn",) if issubclass(rule, LastTurn) else ("fn", "turns") if rule is Function else ("turns",)
+    _keys(where, data, ("kind", *keys), needed=keys)
+    arguments = {key: data[key] for key in keys}
+    if isinstance(arguments.get("fn"), str):
+        arguments["fn"] = _imported(arguments["fn"])
+    if "turns" in arguments and not isinstance(arguments["turns"], Sequence):
+        raise UserError(f"{where}.turns is {arguments['turns']!r}; write a list of turns")
+    return rule(**arguments)
 
 
-def load_object(path: str, where: str) -> Callable[..., Any]:
-    """The object at ``module:attribute``; modules are looked for beside the current folder too. Raises UserError."""
-    module_name, colon, attribute = str(path).partition(":")
+def _imported(path: str) -> Callable[..., str]:
+    """The attribute of a module that the user names as ``module:attribute``."""
+    module, colon, attribute = path.partition(":")
     if not colon:
-        raise UserError(f"{where}: found {path!r}; expected module:attribute, for example my_rules:MyRule")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
+        raise UserError(f"team.decision.fn is {path!r}; name a function as module:attribute")
     try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{where}: cannot import {module_name!r} ({error}); run from the folder it is in, or install it") from None
-    if not hasattr(module, attribute):
-        raise UserError(f"{where}: module {module_name!r} has no {attribute!r}." + nearest(attribute, dir(module)))
-    return getattr(module, attribute)
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"team.decision.fn is {path!r}, which cannot be imported: {error}") from None
+
+
+def _named(where: str, data: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """Pairs of name and keys from a mapping by name, a list of mappings with ``name``, or a list of names."""
+    if isinstance(data, Mapping):
+        pairs = [(str(name), {} if value is None else value) for name, value in data.items()]
+    elif isinstance(data, Sequence) and not isinstance(data, str):
+        pairs = [_named_item(where, item) for item in data]
+    else:
+        raise UserError(f"{where} is {data!r}; write a list, or a mapping by name")
+    for name, value in pairs:
+        _mapping(f"{where}.{name}", value)
+    return pairs
+
+
+def _named_item(where: str, item: Any) -> tuple[str, Mapping[str, Any]]:
+    if isinstance(item, str):
+        return item, {}
+    _mapping(where, item)
+    if "name" not in item:
+        raise UserError(f"{where}: an entry of the list has no name: {dict(item)!r}")
+    return str(item["name"]), {key: value for key, value in item.items() if key != "name"}
+
+
+def _mapping(where: str, data: Any) -> None:
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where} is {data!r}; write a mapping of keys and values")
+
+
+def _keys(where: str, data: Mapping[str, Any], allowed: Sequence[str], needed: Sequence[str] = ()) -> None:
+    for key in data:
+        if key not in allowed:
+            raise UserError(f"{where}.{key}: unknown key; allowed: {', '.join(allowed)}.{nearest(str(key), allowed)}")
+    for key in needed:
+        if key not in data:
+            raise UserError(f"{where}.{key}: this key is required")

@@ -1,109 +1,154 @@
-"""Prompt templates: ``{problem}`` and upstream messages by turn name, and ``[[ optional sections ]]``.
+r"""The prompt language: names in braces, and sections that vanish with the messages they show.
 
-``{name}`` is replaced once; what is put in is never read as a template, so a message may hold braces. ``{{`` and ``}}`` are literal braces, and
-braces around anything that is not a name (``\\boxed{}``) stay as they are. A section in ``[[ ]]`` is left out when a message named in it was dropped.
-``{upstream}`` stands for every message that the turn reads, each as a paragraph ``NAME: text``.
+- ``{problem}`` is the problem, ``{thinker}`` the message of the turn ``thinker``, and ``{upstream}`` every message that the turn reads
+  and that the template does not name itself, each as a paragraph ``NAME: text``.
+- ``[[ … ]]`` is left out when a message named in it is dropped; sections do not nest. Brackets around no name at all are plain text.
+- A dropped message outside a section is empty text.
+- ``{{`` and ``}}`` are literal braces (``}}`` only where a ``{{`` is open, so that ``\boxed{\frac{1}{2}}`` stays as it is), and braces around
+  anything that is not an identifier, such as ``\boxed{}``, are plain text.
+
+Substitution is one pass: what a model wrote is never read as a template.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from ccpo.errors import UserError
 
-UPSTREAM = "upstream"
-PROBLEM = "problem"
+PROBLEM, UPSTREAM = "problem", "upstream"
+RESERVED = (PROBLEM, UPSTREAM)
 
-_TOKEN = re.compile(r"(\{\{|\}\}|\[\[|\]\]|\{[A-Za-z_][A-Za-z0-9_]*\})")
+Values = Mapping[str, str | None]
+"""The problem and the messages by name; None is a dropped message, an empty text a blank one."""
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """A literal text, or a name to be filled in; ``section`` numbers the optional section that it stands in (0: none)."""
-
-    text: str
-    is_name: bool
-    section: int
+_MARK = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|\[\[|\]\]")
 
 
 @dataclass(frozen=True, slots=True)
-class Filled:
-    """A piece of a rendered prompt: ``name`` is None for the template's own text, and the name for text that came from outside."""
-
-    text: str
-    name: str | None = None
+class _Slot:
+    name: str
 
 
-@dataclass(frozen=True)
-class Template:
-    """A parsed template. Raises UserError for a section that is nested or not closed."""
-
-    text: str
-    pieces: tuple[Piece, ...]
-
-    @staticmethod
-    def parse(text: str) -> Template:
-        pieces, section, open_section = [], 0, False
-        for token in _TOKEN.split(text):
-            if token == "[[":
-                if open_section:
-                    raise UserError(f"template {text!r}: '[[' inside '[[ ]]'; optional sections do not nest")
-                open_section, section = True, section + 1
-            elif token == "]]" and open_section:
-                open_section = False
-            elif token:
-                is_name = _TOKEN.fullmatch(token) is not None and token[0] == "{" and token not in ("{{", "}}")
-                literal = {"{{": "{", "}}": "}"}.get(token, token)
-                pieces.append(Piece(token[1:-1] if is_name else literal, is_name, section if open_section else 0))
-        if open_section:
-            raise UserError(f"template {text!r}: '[[' is never closed by ']]'")
-        return Template(text, tuple(pieces))
+@dataclass(frozen=True, slots=True)
+class _Section:
+    parts: tuple[str | _Slot, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names in order of first use."""
-        return tuple(dict.fromkeys(p.text for p in self.pieces if p.is_name))
-
-    def fill(self, values: Mapping[str, str | None]) -> list[Filled]:
-        """The rendered pieces. ``None`` is a dropped message, an empty string a blank one."""
-        dropped = {p.section for p in self.pieces if p.is_name and p.section and values[p.text] is None}
-        return [
-            Filled((values[p.text] or "") if p.is_name else p.text, p.text if p.is_name else None)
-            for p in self.pieces
-            if not p.section or p.section not in dropped
-        ]
-
-    def render(self, values: Mapping[str, str | None]) -> str:
-        return "".join(piece.text for piece in self.fill(values))
+        return tuple(p.name for p in self.parts if isinstance(p, _Slot))
 
 
-def upstream(messages: Mapping[str, str | None]) -> str | None:
-    """The text of ``{upstream}``: a paragraph for each message that is not dropped; None where all are."""
-    present = {name: text for name, text in messages.items() if text is not None}
-    return "\n\n".join(f"{name}: {text}" for name, text in present.items()) if present else None
+@dataclass(frozen=True, slots=True)
+class Template:
+    """A parsed template. ``names`` are the names in it, each once, in order of appearance."""
+
+    source: str
+    parts: tuple[str | _Slot | _Section, ...]
+    names: tuple[str, ...]
+
+    @staticmethod
+    def parse(text: str) -> Template:
+        """Parse ``text``. Raises :class:`~ccpo.errors.UserError` for sections that nest or do not close."""
+        return _parse(text)
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """The turns whose messages it names."""
+        return tuple(name for name in self.names if name not in RESERVED)
+
+    def render(self, values: Values, reads: Sequence[str] = ()) -> str:
+        """The text for ``values``; ``reads`` are the turns behind ``{upstream}``.
+
+        Raises :class:`~ccpo.errors.UserError` for a name without a value.
+        """
+        known = {name: _value(values, name) for name in self.names if name != UPSTREAM}
+        if UPSTREAM in self.names:
+            known[UPSTREAM] = _upstream(values, [name for name in reads if name not in self.names])
+        return "".join(_render(part, known) for part in self.parts)
 
 
-def strip_boxed(text: str) -> str:
-    """``text`` without a trailing ``\\boxed{…}`` (and the ``$`` or full stop around it), so that a thought does not hand over its answer.
+def _value(values: Values, name: str) -> str | None:
+    if name not in values:
+        raise UserError(
+            f"the template shows {{{name}}} but no such message was given; known: {', '.join(values) or 'none'}"
+        )
+    return values[name]
 
-    Linear in the length of ``text``, whatever it holds.
-    """
-    end = len(text.rstrip(" \t\r\n$."))
-    start = text.rfind("\\boxed{", 0, end)
-    if start < 0 or end == 0 or text[end - 1] != "}":
-        return text
-    # several boxes may be nested at the end; the outermost one that closes exactly at `end` is the one to strip
-    depth, opened = 0, -1
-    for i in range(end - 1, -1, -1):
-        if text[i] == "}":
-            depth += 1
-        elif text[i] == "{":
-            depth -= 1
-            if depth == 0:
-                opened = i
-                break
-    if opened < 0 or not text[:opened].endswith("\\boxed"):
-        return text
-    return text[: opened - len("\\boxed")].rstrip(" \t\r\n$")
+
+def _upstream(values: Values, names: Sequence[str]) -> str | None:
+    said = [(name, text) for name in names if (text := _value(values, name)) is not None]
+    return "\n\n".join(f"{name}: {text}" for name, text in said) if said else None
+
+
+def _render(part: str | _Slot | _Section, values: Values) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, _Slot):
+        return values[part.name] or ""
+    if any(values[name] is None for name in part.names):
+        return ""
+    return "".join(_render(p, values) for p in part.parts)
+
+
+@lru_cache(maxsize=512)
+def _parse(text: str) -> Template:
+    parts: list[str | _Slot | _Section] = []
+    section: list[str | _Slot] | None = None  # the parts since an open "[["
+    place, open_braces = 0, 0
+    for mark in _MARK.finditer(text):
+        target = parts if section is None else section
+        target.append(text[place : mark.start()])
+        place = mark.end()
+        token = mark.group()
+        if token == "{{":
+            open_braces += 1
+            target.append("{")
+        elif token == "}}":
+            target.append("}" if open_braces else "}}")
+            open_braces = max(0, open_braces - 1)
+        elif token == "[[":
+            if section is not None:
+                raise UserError(
+                    f"template {_excerpt(text, mark.start())}: optional sections [[ … ]] do not nest; use two side by side"
+                )
+            section = []
+        elif token == "]]":
+            parts.extend(_close(section))
+            section = None
+        else:
+            target.append(_Slot(mark.group(1)))
+    rest = text[place:]
+    if section is None:
+        parts.append(rest)
+    elif any(isinstance(p, _Slot) for p in section):
+        raise UserError(
+            f"template {_excerpt(text, text.rindex('[['))}: the section that opens with [[ has no ]]; close it, or write '[ [' for plain brackets"
+        )
+    else:
+        parts.extend(["[[", *section, rest])
+    names = dict.fromkeys(name for part in parts for name in _names(part))
+    return Template(text, tuple(p for p in parts if p != ""), tuple(names))
+
+
+def _close(section: list[str | _Slot] | None) -> list[str | _Slot | _Section]:
+    """What a ``]]`` makes of the parts since its ``[[``: a section, or plain text where no section is open or it names nothing."""
+    if section is None:
+        return ["]]"]
+    if any(isinstance(p, _Slot) for p in section):
+        return [_Section(tuple(p for p in section if p != ""))]
+    return ["[[", *section, "]]"]
+
+
+def _names(part: str | _Slot | _Section) -> tuple[str, ...]:
+    if isinstance(part, _Slot):
+        return (part.name,)
+    return part.names if isinstance(part, _Section) else ()
+
+
+def _excerpt(text: str, place: int) -> str:
+    piece = text[max(0, place - 10) : place + 30]
+    return repr(piece)

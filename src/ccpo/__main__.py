@@ -1,0 +1,3 @@
+from ccpo.cli import main
+
+main()

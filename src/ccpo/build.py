@@ -1,0 +1,138 @@
+"""From a recipe to objects: checks every name and argument before a model is loaded."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+from ccpo import credit as credit_rules
+from ccpo.config import Part, RunConfig, explain
+from ccpo.errors import UserError, nearest
+from ccpo.rollout import Limits, Sampling
+from ccpo.schedule import Schedule
+from ccpo.tasks import TASKS, ProceduralTask, Task
+from ccpo.teams import TEAMS, PlayTeam, Team, load_object
+from ccpo.types import Removal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A recipe's objects, short of the models. ``tests`` are the evaluation's data sets by name."""
+
+    config: RunConfig
+    team: Team | PlayTeam
+    task: Task
+    tests: Mapping[str, Task]
+    rule: Any
+    schedule: Schedule
+    policy_of: Mapping[str, str]
+    samplings: Mapping[str, Sampling]
+    limits: Limits
+
+    @property
+    def removal(self) -> Removal:
+        return Removal(self.config.rollout.removal)
+
+
+def build_part(table: Mapping[str, Callable[..., Any]], part: Part, where: str) -> Any:
+    """Call what ``part`` names (a key of ``table``, or ``module:attribute``) with its arguments, checked against its signature.
+
+    Raises UserError with the path of the key, what was found, what is allowed and the nearest name.
+    """
+    if ":" in part.kind:
+        target = load_object(part.kind, f"{where}.kind")
+    elif part.kind in table:
+        target = table[part.kind]
+    else:
+        raise UserError(
+            f"{where}.kind: found {part.kind!r}; it is one of {', '.join(table)}, or module:attribute of your own."
+            + nearest(part.kind, table)
+        )
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    fields = {
+        name: (hints.get(name, Any), ... if p.default is inspect.Parameter.empty else p.default)
+        for name, p in inspect.signature(target).parameters.items()
+        if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    }
+    schema = create_model("Arguments", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=True), **fields)
+    try:
+        checked = schema(**part.arguments)
+    except ValidationError as error:
+        raise UserError(explain(error, schema, where)) from None
+    return target(**{name: getattr(checked, name) for name in part.arguments})
+
+
+def prepare(config: RunConfig, *, team: Any = None, task: Any = None, tests: Mapping[str, Any] | None = None, credit: Any = None) -> Setup:
+    """The objects of ``config``; those passed in take the place of what it names. Raises UserError."""
+    team = team or build_part(TEAMS, config.team, "team")
+    if task is None and config.task is None:
+        raise UserError("recipe: task: this key is required; for example task: {kind: file, path: train.jsonl}")
+    task = task if task is not None else build_part(TASKS, config.task, "task")
+    rule = credit or build_part(credit_rules.RULES, config.credit, "credit")
+    _check_agents(config, team)
+    trainable = tuple(name for name in team.agent_names if not _frozen(config, name))
+    return Setup(
+        config=config,
+        team=team,
+        task=task,
+        tests=tests or _tests(config, task),
+        rule=rule,
+        schedule=Schedule(
+            agents=trainable,
+            alternating=config.trainer.schedule == "alternating",
+            period=config.trainer.period,
+            first=config.trainer.first,
+        ),
+        policy_of={name: _policy(config, team, name) for name in team.agent_names},
+        samplings={name: _sampling(config, name) for name in team.agent_names},
+        limits=Limits(
+            max_prompt_tokens=config.rollout.max_prompt_tokens,
+            max_message_tokens=config.rollout.max_message_tokens,
+            truncated_is_zero=config.rollout.truncated == "zero",
+        ),
+    )
+
+
+def _check_agents(config: RunConfig, team: Team | PlayTeam) -> None:
+    for section, names in (("agents", config.agents), ("rollout.boxed_reward", config.rollout.boxed_reward)):
+        for name in names:
+            if name not in team.agent_names:
+                raise UserError(
+                    f"{section}.{name}: the team {team.name!r} has no such agent; it has {', '.join(team.agent_names)}." + nearest(name, team.agent_names)
+                )
+    if config.trainer.first is not None and config.trainer.schedule != "alternating":
+        raise UserError("trainer.first is set but trainer.schedule is 'simultaneous'; set trainer.schedule: alternating")
+    if config.loss.kl != "none" and config.loss.kl_coef == 0:
+        raise UserError(f"loss.kl is {config.loss.kl!r} but loss.kl_coef is 0; give it a weight, or set loss.kl: none")
+
+
+def _frozen(config: RunConfig, agent: str) -> bool:
+    return agent in config.agents and config.agents[agent].frozen
+
+
+def _policy(config: RunConfig, team: Team | PlayTeam, agent: str) -> str:
+    """The name of the policy an agent speaks with: its own, its team's shared one, or the run's single one."""
+    if config.model.sharing == "shared":
+        return "shared"
+    return team.agent(agent).policy or agent
+
+
+def _sampling(config: RunConfig, agent: str) -> Sampling:
+    base, own = config.rollout, config.agents.get(agent)
+    values = {name: getattr(base, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "stop")}
+    if own is not None:
+        values |= {name: value for name in values if (value := getattr(own, name)) is not None}
+    return Sampling(**{**values, "stop": tuple(values["stop"])})
+
+
+def _tests(config: RunConfig, task: Task) -> dict[str, Task]:
+    """The data sets of the evaluation: those named, else the held-out split of a procedural task, else the training data itself."""
+    if config.eval.tasks:
+        return {name: build_part(TASKS, part, f"eval.tasks.{name}") for name, part in config.eval.tasks.items()}
+    if isinstance(task, ProceduralTask):
+        return {"heldout": replace(task, split="test", size=config.eval.problems)}
+    return {"train": task}

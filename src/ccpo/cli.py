@@ -1,0 +1,145 @@
+"""The command line: ``ccpo train | eval | chat | doctor | recipes``. It parses, wires and prints; nothing imports it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ccpo.errors import RunFailure, UserError
+
+app = typer.Typer(
+    name="ccpo",
+    help="Train teams of language-model agents and pay each agent the credit it earned.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. trainer.steps=50")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Optional[str], typer.Argument(help="a recipe's file, or the name of a shipped one: demo, vote, …")] = None,
+    set: Set = None,
+    resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="go on with this run's folder")] = None,
+    steps: Annotated[Optional[int], typer.Option(help="with --resume: a new last step")] = None,
+) -> None:
+    """Train a team from a recipe, or go on with a run."""
+    from ccpo import train as library
+    from ccpo.display import TerminalReporter, before_after
+
+    if (recipe is None) == (resume is None):
+        raise UserError("give either a recipe (ccpo train demo) or a run to go on with (ccpo train --resume runs/demo)")
+    if resume is not None and set:
+        raise UserError("--set does not go with --resume: a run keeps its recipe; only --steps can be raised")
+    if steps is not None and resume is None:
+        raise UserError("--steps goes with --resume; for a new run use --set trainer.steps=N")
+    with TerminalReporter() as reporter:
+        if resume is not None:
+            result = library.resume(resume, steps=steps, reporter=reporter)
+        else:
+            result = library.train(recipe, set or (), reporter=reporter)
+    if not result.finished:
+        typer.echo(f"Stopped and saved. Go on with: ccpo train --resume {result.folder}")
+        return
+    before_after(result)
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="a run's folder")],
+    data: Annotated[Optional[Path], typer.Option(help="a data file; default: the recipe's own data sets")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="samples a problem, for pass@k and majority@k")] = 1,
+    problems: Annotated[Optional[int], typer.Option(min=1, help="problems of each data set")] = None,
+    temperature: Annotated[Optional[float], typer.Option(min=0.0, help="default: the recipe's; 1.0 with several samples")] = None,
+    json: Annotated[Optional[Path], typer.Option(help="write the report here")] = None,
+) -> None:
+    """Evaluate a trained team: its accuracy, each agent alone, and the team without each agent."""
+    from ccpo.display import evaluation_tables, progress_note
+    from ccpo.evaluate import Sitting
+    from ccpo.evaluate import evaluate as run_evaluation
+    from ccpo.runfolder import write_json
+    from ccpo.tasks import load_file
+    from ccpo.train import open_crew
+
+    tests = {data.stem: load_file(data)} if data is not None else None
+    with progress_note("loading"):
+        setup, crew, checkpoint = open_crew(run)
+    settings = setup.config.eval
+    default = settings.temperature if samples == 1 else settings.temperature or 1.0
+    sitting = Sitting(
+        problems=problems or settings.problems,
+        samples=samples,
+        temperature=default if temperature is None else temperature,
+        top_p=settings.top_p,
+        ablations=settings.ablations,
+        seed=setup.config.run.seed,
+    )
+    with progress_note("evaluating"):
+        reports = run_evaluation(setup.team, tests or setup.tests, crew.voices(), setup.limits, sitting)
+    evaluation_tables(reports, checkpoint)
+    if json is not None:
+        write_json(json, {"checkpoint": str(checkpoint), "sitting": sitting.__dict__, "reports": reports})
+        typer.echo(f"Report: {json}")
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(help="a run's folder")],
+    question: Annotated[str, typer.Argument(help="the problem")],
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Ask a trained team one question; shows what every agent says."""
+    from ccpo.chat import ask
+    from ccpo.display import conversation, progress_note
+
+    with progress_note("loading"):
+        rollout = ask(run, question, temperature=temperature, seed=seed)
+    conversation(rollout)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, engines; what is missing and how to get it."""
+    from ccpo.doctor import diagnose
+
+    if not diagnose():
+        raise typer.Exit(1)
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes that ship with the package."""
+    from ccpo.config import shipped_recipes
+
+    for name, path in shipped_recipes().items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        typer.echo(f"{name:<28} {first}")
+
+
+def main() -> None:
+    """Run the command line: exit code 2 for the user's mistakes, 1 for a failure; no traceback for a mistake."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunFailure as error:
+        print(f"Failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""From credit to advantage: what the policy loss multiplies a row's log-probabilities with.
+
+Each estimator is a pure function ``(credit_B, group_B, tokens_B) -> advantage_B`` over flat rows. ``credit_B`` is
+what each row was paid; rows with equal ``group_B`` (any integers) are siblings: the same agent on the same problem.
+``tokens_B`` is the number of trained tokens of each row, needed by ``reinforce++`` alone. All are vectorised, O(B)
+for ids in [0, B), computed in 64 bits and returned in the credit's dtype.
+
+A group that does not tell its members apart says nothing: its advantages are exactly 0. A singleton is such a group;
+``raw_singletons=True`` keeps its credit as it is, which is what verl does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def grpo(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False) -> Tensor:
+    """``A = (c - mean_g) / (std_g + 1e-6)``, the unbiased deviation (GRPO, arXiv 2402.03300). No unit.
+
+    Raises ValueError for shapes that are not ``[B]``, or credit that is not floating point.
+    """
+    groups = _Groups(credit_B, group_B)
+    centred_B = groups.credit_B - groups.mean_B
+    var_G = groups.sum(centred_B.square()) / (groups.count_G - 1).clamp(min=1)
+    return groups.finish(centred_B / (var_G.sqrt()[groups.index_B] + 1e-6), raw_singletons)
+
+
+def dr_grpo(
+    credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False
+) -> Tensor:
+    """``A = c - mean_g`` (Dr. GRPO, arXiv 2503.20783). In units of credit."""
+    groups = _Groups(credit_B, group_B)
+    return groups.finish(groups.credit_B - groups.mean_B, raw_singletons)
+
+
+def rloo(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False) -> Tensor:
+    """``A = c - mean of the siblings = (c - mean_g) n/(n-1)`` (RLOO, arXiv 2402.14740). In units of credit."""
+    groups = _Groups(credit_B, group_B)
+    siblings_G = (groups.count_G - 1).clamp(min=1)
+    factor_B = (groups.count_G / siblings_G)[groups.index_B]
+    return groups.finish((groups.credit_B - groups.mean_B) * factor_B, raw_singletons)
+
+
+def reinforce_pp(
+    credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False
+) -> Tensor:
+    """``A = (c - mu) / sqrt(var + 1e-8)`` over all tokens of the batch (REINFORCE++, arXiv 2501.03262). No unit.
+
+    Each row weighs by its tokens, as the credit is the return at each of them; ``var`` is unbiased. Groups play no
+    part. A batch whose rows are all paid alike gives 0. Raises ValueError without ``tokens_B``.
+    """
+    _check(credit_B, group_B)
+    if tokens_B is None or tokens_B.shape != credit_B.shape:
+        raise ValueError(f"reinforce++ whitens over tokens: tokens_B must be {tuple(credit_B.shape)}")
+    weight_B = tokens_B.double()
+    total = weight_B.sum()
+    credit64_B = credit_B.detach().double()
+    counted_B = credit64_B[weight_B > 0]
+    if counted_B.numel() == 0 or counted_B.amax() == counted_B.amin():
+        return torch.zeros_like(credit_B)
+    centred_B = credit64_B - (weight_B * credit64_B).sum() / total
+    var = (weight_B * centred_B.square()).sum() / (total - 1)
+    return (centred_B * torch.rsqrt(var + 1e-8)).to(credit_B.dtype)
+
+
+def none(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False) -> Tensor:
+    """``A = c``: the credit is calibrated already (global history, or a removal credit that is its own baseline)."""
+    _check(credit_B, group_B)
+    return credit_B.detach().clone()
+
+
+Estimator = Callable[..., Tensor]
+
+ESTIMATORS: dict[str, Estimator] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce++": reinforce_pp,
+    "none": none,
+}
+
+
+class _Groups:
+    """Sums by group, of credit in 64 bits."""
+
+    def __init__(self, credit_B: Tensor, group_B: Tensor) -> None:
+        _check(credit_B, group_B)
+        self.dtype = credit_B.dtype
+        self.credit_B = credit_B.detach().double()
+        self.index_B, self.n_groups = _dense(group_B)
+        self.count_G = torch.bincount(self.index_B, minlength=self.n_groups)
+        self.mean_B = (self.sum(self.credit_B) / self.count_G.clamp(min=1))[self.index_B]
+
+    def sum(self, values_B: Tensor) -> Tensor:
+        return values_B.new_zeros(self.n_groups).index_add_(0, self.index_B, values_B)
+
+    def finish(self, advantage_B: Tensor, raw_singletons: bool) -> Tensor:
+        """Exact zeros for groups without spread: rounding of the mean would else be divided by 1e-6."""
+        first_G = self.credit_B.new_zeros(self.n_groups)
+        first_G[self.index_B] = self.credit_B  # any one member of each group
+        differs_G = self.sum((self.credit_B != first_G[self.index_B]).double())
+        advantage_B = torch.where(differs_G[self.index_B] > 0, advantage_B, 0.0)
+        if raw_singletons:
+            advantage_B = torch.where(self.count_G[self.index_B] == 1, self.credit_B, advantage_B)
+        return advantage_B.to(self.dtype)
+
+
+def _dense(group_B: Tensor) -> tuple[Tensor, int]:
+    """Ids in [0, n): as they are where they fit in [0, B), else renumbered by a sort."""
+    if group_B.numel() == 0:
+        return group_B.long(), 0
+    if group_B.amin() >= 0 and group_B.amax() < group_B.numel():
+        return group_B.long(), int(group_B.amax()) + 1
+    unique_G, index_B = torch.unique(group_B, return_inverse=True)
+    return index_B, unique_G.numel()
+
+
+def _check(credit_B: Tensor, group_B: Tensor) -> None:
+    if credit_B.dim() != 1 or group_B.shape != credit_B.shape:
+        raise ValueError(
+            f"credit and group are flat and of one length; got {tuple(credit_B.shape)}, {tuple(group_B.shape)}"
+        )
+    if not credit_B.is_floating_point() or group_B.is_floating_point():
+        raise ValueError(f"credit is floating point and group integer; got {credit_B.dtype}, {group_B.dtype}")

@@ -1,0 +1,134 @@
+"""The crew: a team's policies loaded, with the engines and voices they speak through and the learner that updates them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ccpo.build import Setup
+from ccpo.config import RunConfig
+from ccpo.engines import make_engine
+from ccpo.errors import UserError
+from ccpo.learner import Learner, Policy, PolicySpec, freeze_copy, load_policies
+from ccpo.rollout import Voice
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Crew:
+    """Policies by name, the voice of each agent, the frozen voices of removal by ``frozen``, and the learner (None where only evaluating)."""
+
+    def __init__(self, setup: Setup, paths: Mapping[str, str], *, train: bool = True) -> None:
+        config = setup.config
+        self.setup = setup
+        self.device = pick_device(config)
+        specs = policy_specs(setup, paths)
+        model = config.model
+        self.policies: dict[str, Policy] = load_policies(
+            specs,
+            sharing=model.sharing,
+            device=self.device,
+            weights=DTYPES[model.weights],
+            attention=model.attention,
+            lora=model.lora.model_dump(),
+            gradient_checkpointing=model.gradient_checkpointing and train,
+            trust_remote_code=model.trust_remote_code,
+        )
+        self.engines = {name: self._engine(policy) for name, policy in self.policies.items()}
+        self._loaded = {name: policy.version for name, policy in self.policies.items()}
+        self.frozen_voices: dict[str, Voice] = self._frozen() if config.rollout.removal == "frozen" and train else {}
+        self.learner: Learner | None = make_learner(config, self.policies) if train else None
+
+    def _engine(self, policy: Policy) -> Any:
+        config = self.setup.config
+        return make_engine(
+            policy.model,
+            policy.tokenizer,
+            kind=config.model.engine,
+            dtype=DTYPES[config.model.decode],
+            adapter=policy.adapter,
+            batch_tokens=config.rollout.decode_tokens,
+        )
+
+    def _frozen(self) -> dict[str, Voice]:
+        """The policies as they are at the start, under names of their own."""
+        voices = self.voices()
+        engines = {name: self._engine(freeze_copy(policy)) for name, policy in self.policies.items()}
+        return {a: replace(v, policy=f"{v.policy}@start", engine=engines[v.policy]) for a, v in voices.items()}
+
+    def voices(self) -> dict[str, Voice]:
+        """The voice of each agent, at its policy's present version."""
+        voices = {}
+        for agent, name in self.setup.policy_of.items():
+            policy = self.policies[name]
+            voices[agent] = Voice(
+                agent=agent,
+                policy=name,
+                engine=self.engines[name],
+                tokenizer=policy.tokenizer,
+                sampling=self.setup.samplings[agent],
+                version=policy.version,
+            )
+        return voices
+
+    def refresh(self, *, everything: bool = False) -> None:
+        """Hand the weights that an update changed to their engines."""
+        for name, policy in self.policies.items():
+            if everything or policy.version != self._loaded[name]:
+                self.engines[name].refresh()
+                self._loaded[name] = policy.version
+
+
+def pick_device(config: RunConfig) -> torch.device:
+    wanted = config.run.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device is 'cuda', but torch sees no CUDA device here; set run.device: auto, or install a CUDA build of torch")
+    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def policy_specs(setup: Setup, paths: Mapping[str, str]) -> list[PolicySpec]:
+    """What to load: one spec a policy, with the agents that speak with it."""
+    config = setup.config
+    specs = []
+    for name in dict.fromkeys(setup.policy_of.values()):
+        agents = tuple(a for a, policy in setup.policy_of.items() if policy == name)
+        own = {a: config.agents[a] for a in agents if a in config.agents}
+        rates = {s.lr for s in own.values() if s.lr is not None}
+        if len({paths[a] for a in agents}) > 1 or len(rates) > 1:
+            raise UserError(
+                f"agents {', '.join(agents)} speak with one policy, so they cannot have different models or learning rates; "
+                "set model.sharing: separate, or give them the same"
+            )
+        frozen = [a in own and own[a].frozen for a in agents]
+        if any(frozen) and not all(frozen):
+            still = ", ".join(a for a, f in zip(agents, frozen, strict=True) if f)
+            raise UserError(f"agents.{still}.frozen: it shares its weights with agents that are trained; set model.sharing: separate or lora")
+        specs.append(
+            PolicySpec(name=name, agents=agents, model_path=paths[agents[0]], lr=rates.pop() if rates else config.optim.lr, frozen=all(frozen))
+        )
+    return specs
+
+
+def make_learner(config: RunConfig, policies: Mapping[str, Policy]) -> Learner:
+    loss, optim = config.loss, config.optim
+    return Learner(
+        policies,
+        loss=loss.kind,
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        dual_clip=loss.dual_clip,
+        aggregate=loss.aggregate,
+        constant=loss.constant,
+        ratio_over=loss.ratio_over,
+        kl=loss.kl,
+        kl_coef=loss.kl_coef,
+        entropy_coef=loss.entropy_coef,
+        importance_cap=loss.importance_cap,
+        old_logprobs=loss.old_logprobs,
+        total_steps=config.trainer.steps,
+        compute=DTYPES[config.model.compute],
+        **optim.model_dump(exclude={"lr", "minibatches"}),
+    )

@@ -1,0 +1,63 @@
+"""``ccpo doctor``: what this machine has, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ccpo.engines.base import fast_bfloat16
+
+NEEDED = {"torch": "the tensors", "transformers": "models and tokenizers", "peft": "LoRA agents", "safetensors": "checkpoints", "math_verify": "math answers"}
+OPTIONAL = {
+    "datasets": ("data", "hub data sets"),
+    "reasoning_gym": ("gym", "reasoning-gym tasks"),
+    "tensorboard": ("tensorboard", "TensorBoard logs"),
+    "wandb": ("wandb", "Weights & Biases logs"),
+    "trackio": ("trackio", "trackio logs"),
+}
+
+
+def diagnose(console: Console | None = None) -> bool:
+    """Print the tables; returns whether everything needed is there."""
+    console = console or Console()
+    machine = Table(title="Machine", show_header=False, box=None)
+    machine.add_row("Python", platform.python_version())
+    machine.add_row("Processor", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
+    machine.add_row("bfloat16", "fast" if fast_bfloat16() else "slow here: float32 is used")
+    machine.add_row("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "none: runs on the CPU")
+    machine.add_row("Free disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB")
+    console.print(machine)
+    packages = Table(title="Packages", box=None)
+    packages.add_column("package")
+    packages.add_column("version")
+    packages.add_column("for")
+    complete = True
+    for module, purpose in NEEDED.items():
+        found = _version(module)
+        complete &= found is not None
+        packages.add_row(module, found or "[red]missing[/red]", purpose if found else f"{purpose}; pip install ccpo")
+    for module, (extra, purpose) in OPTIONAL.items():
+        found = _version(module)
+        packages.add_row(module, found or "–", purpose if found else f"{purpose}; pip install 'ccpo\\[{extra}]'")
+    console.print(packages)
+    engines = Table(title="Engines", box=None, show_header=False)
+    engines.add_row("native", "Qwen2, Qwen3, Llama families")
+    engines.add_row("transformers", "every other causal language model")
+    console.print(engines)
+    return complete
+
+
+def _version(module: str) -> str | None:
+    if importlib.util.find_spec(module) is None:
+        return None
+    try:
+        return version(module.replace("_", "-"))
+    except PackageNotFoundError:
+        return "installed"

@@ -1,0 +1,156 @@
+"""Draws tokens from logits. The noise is a function of (seed, position) alone, so what is batched together cannot matter.
+
+Every row is sampled by inverting its cumulative distribution in vocabulary order, whatever is cut from it; a row without
+top-k or top-p thus gets the same token beside rows that have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ccpo.types import Request
+
+_GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15, the odd integer nearest to 2^64 / golden ratio
+_MIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # splitmix64: shift, then multiply
+_HEAD = 512  # most probable tokens that are looked at before the whole vocabulary is sorted
+
+
+def signed64(seed: int) -> int:
+    """The seed modulo 2^64 as a signed 64-bit integer: what an int64 tensor holds."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def _shift_right(bits: Tensor, count: int) -> Tensor:
+    """The logical shift; torch's own copies the sign bit."""
+    return (bits >> count) & ((1 << (64 - count)) - 1)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    for shift, factor in _MIX:
+        bits = (bits ^ _shift_right(bits, shift)) * factor
+    return bits ^ _shift_right(bits, 31)
+
+
+def uniform(seed_B: Tensor, position: Tensor | int) -> Tensor:
+    """Uniform noise in (0, 1), float64, one number for each seed and position (they broadcast).
+
+    ``u = (top 48 bits of mix(mix(seed) + gamma * (position + 1)) + 1/2) / 2^48`` with splitmix64's ``mix`` and ``gamma``
+    (Steele, Lea & Flood 2014), all modulo 2^64. 48 bits, so that ``u * total < total`` for any float64 total. Raises
+    ValueError if the seeds are not int64.
+    """
+    if seed_B.dtype != torch.int64:
+        raise ValueError(f"seeds must be int64, not {seed_B.dtype}")
+    bits = _mix(_mix(seed_B + _GAMMA) + _GAMMA * (torch.as_tensor(position, device=seed_B.device) + 1))
+    return (_shift_right(bits, 16).double() + 0.5) * 2.0**-48
+
+
+def inverse_cdf(prob_BV: Tensor, u_B: Tensor) -> Tensor:
+    """The first token whose cumulative weight exceeds ``u * total``: ``[B]`` indices. Rows need not sum to 1; a token of
+    weight 0 is never drawn."""
+    cumulative_BV = prob_BV.cumsum(-1, dtype=torch.float64)
+    target_B1 = u_B.double()[:, None] * cumulative_BV[:, -1:]
+    return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
+
+
+def cut(prob_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
+    """Sets to 0 what top-k and then top-p (of the mass that top-k left) cut; the rest keeps its value.
+
+    Top-k keeps the k most probable tokens (0: all). Top-p keeps the smallest set of most probable tokens whose mass
+    reaches ``top_p`` (Holtzman et al. 2020), at least one. Tokens as probable as the last one kept are kept with it.
+    """
+    head = min(prob_BV.shape[-1], max(_HEAD, int(top_k_B.max())))
+    edge_B, decided = _edges(prob_BV, prob_BV.topk(head).values, top_k_B, top_p_B)
+    if not decided:
+        edge_B, _ = _edges(prob_BV, prob_BV.sort(descending=True).values, top_k_B, top_p_B)
+    return prob_BV * (prob_BV >= edge_B[:, None])
+
+
+def _edges(prob_BV: Tensor, sorted_BH: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> tuple[Tensor, bool]:
+    """Each row's smallest kept probability, and whether the sorted head was long enough to tell."""
+    head = sorted_BH.shape[-1]
+    last_B1 = torch.where(top_k_B > 0, top_k_B.clamp(max=head), head)[:, None] - 1
+    kept_BH = sorted_BH.double() * (sorted_BH >= sorted_BH.gather(1, last_B1))
+    limited_B = top_k_B > 0
+    total_B = torch.where(limited_B, kept_BH.sum(-1), prob_BV.sum(-1, dtype=torch.float64))
+    cumulative_BH = kept_BH.cumsum(-1)
+    # The mass before a token decides, so the first token is always in and the one that reaches top_p is the last in.
+    inside_BH = (cumulative_BH - kept_BH < top_p_B[:, None].double() * total_B[:, None]) & (kept_BH > 0)
+    count_B = inside_BH.sum(-1)
+    edge_B = sorted_BH.gather(1, (count_B - 1)[:, None])[:, 0]
+    edge_B = torch.where(~limited_B & (top_p_B >= 1), 0, edge_B)
+    decided_B = limited_B | (top_p_B >= 1) | (count_B < head)
+    return edge_B, head == prob_BV.shape[-1] or bool(decided_B.all())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """The sampling parameters of a batch's rows, as tensors, and their noise. None stands for "no row has it"."""
+
+    noise_BT: Tensor
+    temperature_B1: Tensor | None
+    greedy_B: Tensor | None
+    all_greedy: bool
+    cut_rows: Tensor | None
+    top_k_B: Tensor
+    top_p_B: Tensor
+
+    @classmethod
+    def of(cls, requests: Sequence[Request], device: torch.device) -> Sampler:
+        seed_B1 = torch.tensor([[signed64(r.seed)] for r in requests], device=device)
+        steps = torch.arange(max(r.max_tokens for r in requests), device=device)
+        greedy_B = torch.tensor([r.temperature == 0 for r in requests], device=device)
+        temperature = [r.temperature or 1.0 for r in requests]
+        sampler = cls(
+            noise_BT=uniform(seed_B1, steps),
+            temperature_B1=torch.tensor(temperature, device=device)[:, None] if set(temperature) != {1.0} else None,
+            greedy_B=greedy_B,
+            all_greedy=False,
+            cut_rows=None,
+            top_k_B=torch.tensor([r.top_k for r in requests], device=device),
+            top_p_B=torch.tensor([r.top_p for r in requests], device=device, dtype=torch.float64),
+        )
+        return sampler._settle(greedy_B)
+
+    def select(self, rows: Tensor) -> Sampler:
+        """The sampler of these rows alone."""
+        greedy_B = torch.zeros_like(self.top_k_B, dtype=torch.bool) if self.greedy_B is None else self.greedy_B
+        chosen = replace(
+            self,
+            noise_BT=self.noise_BT[rows],
+            temperature_B1=None if self.temperature_B1 is None else self.temperature_B1[rows],
+            top_k_B=self.top_k_B[rows],
+            top_p_B=self.top_p_B[rows],
+        )
+        return chosen._settle(greedy_B[rows])
+
+    def _settle(self, greedy_B: Tensor) -> Sampler:
+        """Finds out once which of the costlier steps this batch needs, so that a step asks the device nothing."""
+        cut_rows = (((self.top_k_B > 0) | (self.top_p_B < 1)) & ~greedy_B).nonzero()[:, 0]
+        return replace(
+            self,
+            greedy_B=greedy_B if bool(greedy_B.any()) else None,
+            all_greedy=bool(greedy_B.all()),
+            cut_rows=cut_rows if len(cut_rows) else None,
+        )
+
+    def draw(self, logits_BV: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """One token a row and its probability under softmax(logits / temperature) before anything is cut."""
+        if self.temperature_B1 is not None:
+            logits_BV = logits_BV.float() / self.temperature_B1
+        prob_BV = torch.softmax(logits_BV, -1, dtype=torch.float32)
+        token_B = prob_BV.argmax(-1) if self.all_greedy else inverse_cdf(self._cut(prob_BV), self.noise_BT[:, step])
+        if self.greedy_B is not None and not self.all_greedy:
+            token_B = torch.where(self.greedy_B, prob_BV.argmax(-1), token_B)
+        return token_B, prob_BV.gather(1, token_B[:, None])[:, 0]
+
+    def _cut(self, prob_BV: Tensor) -> Tensor:
+        if self.cut_rows is None:
+            return prob_BV
+        if len(self.cut_rows) == len(prob_BV):
+            return cut(prob_BV, self.top_k_B, self.top_p_B)
+        rows = self.cut_rows
+        return prob_BV.index_copy(0, rows, cut(prob_BV[rows], self.top_k_B[rows], self.top_p_B[rows]))

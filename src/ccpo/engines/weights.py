@@ -1,0 +1,233 @@
+"""The weights of a decoder-only transformer, fused for decoding: Q, K and V in one matrix, gate and up in one.
+
+They are a copy in the engine's dtype; `refresh` reads the live model again, in place. A LoRA adapter is merged into the
+copy (W + scaling * B A), so that decoding with it costs nothing more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ccpo.engines.base import bare
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def supports(model: Any, adapter: str | None = None) -> str | None:
+    """Why the native decoder cannot run this model (or PeftModel with this adapter); None if it can."""
+    config = bare(model).config
+    if config.model_type not in FAMILIES:
+        return f"its family {config.model_type!r} is not one of {', '.join(FAMILIES)}"
+    if config.hidden_act != "silu":
+        return f"its activation is {config.hidden_act!r}, not 'silu'"
+    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
+        return "it has layers with sliding-window attention"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPES:
+        return f"its rope type {rope!r} is not one of {', '.join(ROPES)}"
+    if bare(model).model.rotary_emb.inv_freq.numel() * 2 != _head_dim(config):
+        return "it rotates only a part of each head"
+    return _unfit_parameters(model, adapter)
+
+
+def _unfit_parameters(model: Any, adapter: str | None) -> str | None:
+    parameters = list(model.parameters())
+    devices = {p.device for p in parameters}
+    if len(devices) > 1 or next(iter(devices)).type == "meta":
+        return f"its parameters are not on one device ({', '.join(sorted(map(str, devices)))})"
+    if not all(p.is_floating_point() for p in parameters):
+        return "its weights are quantised"
+    if adapter is None:
+        return None
+    plan = model.peft_config[adapter]
+    if str(getattr(plan.peft_type, "value", plan.peft_type)) != "LORA":
+        return f"its adapter {adapter!r} is not a LoRA"
+    if plan.use_dora or plan.lora_bias or plan.bias != "none":
+        return f"its adapter {adapter!r} uses DoRA or a LoRA bias"
+    if plan.trainable_token_indices or plan.target_parameters:
+        return f"its adapter {adapter!r} adapts single tokens or bare parameters"
+    return None
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    abilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32
+
+
+@dataclass(slots=True, kw_only=True)
+class Layer:
+    """One block. Matrices are ``[out, in]`` as in `torch.nn.Linear`; ``qk_norm`` is ``[heads + kv_heads, head_dim]``."""
+
+    attention_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    qk_norm: Tensor | None
+    out: Tensor
+    out_bias: Tensor | None
+    mlp_norm: Tensor
+    gate_up: Tensor
+    gate_up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Weights:
+    """All of a model that decoding reads. ``dtype`` is that of the matrices; the rotation, the attention and its cache
+    are in ``attention_dtype``: float32 on a CPU, where small bfloat16 products are slower, else ``dtype``."""
+
+    source: Any
+    adapter: str | None
+    dtype: torch.dtype
+    attention_dtype: torch.dtype
+    device: torch.device
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    eps: float
+    vocab: int
+    embed: Tensor
+    norm: Tensor
+    head: Tensor
+    layers: list[Layer] = field(default_factory=list)
+    inv_freq: Tensor
+    rotation_scale: float
+    rotation: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, model: Any, *, dtype: torch.dtype | None, adapter: str | None) -> Weights:
+        """Copies the weights of a model that `supports` accepts."""
+        source = bare(model)
+        config, body = source.config, source.model
+        device = body.norm.weight.device
+        dtype = native_dtype(device) if dtype is None else dtype
+        with torch.inference_mode():
+            embed = _weight(body.embed_tokens, adapter).to(dtype, copy=True)
+            made = cls(
+                source=source,
+                adapter=adapter,
+                dtype=dtype,
+                attention_dtype=torch.float32 if device.type == "cpu" else dtype,
+                device=device,
+                heads=config.num_attention_heads,
+                kv_heads=config.num_key_value_heads,
+                head_dim=_head_dim(config),
+                scale=body.layers[0].self_attn.scaling,
+                eps=config.rms_norm_eps,
+                vocab=embed.shape[0],
+                embed=embed,
+                norm=body.norm.weight.to(dtype, copy=True),
+                head=embed if _tied(source, adapter) else _weight(source.lm_head, adapter).to(dtype, copy=True),
+                inv_freq=body.rotary_emb.inv_freq.detach().float(),
+                rotation_scale=float(body.rotary_emb.attention_scaling),
+            )
+            made.layers = [made._layer(block) for block in body.layers]
+        return made
+
+    def refresh(self) -> None:
+        """Reads the live model again, into the same tensors."""
+        body = self.source.model
+        with torch.inference_mode():
+            self.embed.copy_(_weight(body.embed_tokens, self.adapter))
+            self.norm.copy_(body.norm.weight)
+            if self.head is not self.embed:
+                self.head.copy_(_weight(self.source.lm_head, self.adapter))
+            for layer, block in zip(self.layers, body.layers, strict=True):
+                self._read(layer, block)
+
+    def _layer(self, block: Any) -> Layer:
+        """An empty layer of the block's shape, filled."""
+        attention, mlp = block.self_attn, block.mlp
+        hidden, inner = block.input_layernorm.weight.shape[0], mlp.down_proj.in_features
+        wide, every = self.heads * self.head_dim, self.heads + 2 * self.kv_heads
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+        def bias(module: Any, size: int) -> Tensor | None:
+            return None if module.bias is None else empty(size)
+
+        norms = (self.heads + self.kv_heads, self.head_dim)
+        layer = Layer(
+            attention_norm=empty(hidden),
+            qkv=empty(every * self.head_dim, hidden),
+            qkv_bias=bias(attention.q_proj, every * self.head_dim),
+            qk_norm=empty(*norms).to(self.attention_dtype) if hasattr(attention, "q_norm") else None,
+            out=empty(hidden, wide),
+            out_bias=bias(attention.o_proj, hidden),
+            mlp_norm=empty(hidden),
+            gate_up=empty(2 * inner, hidden),
+            gate_up_bias=bias(mlp.gate_proj, 2 * inner),
+            down=empty(hidden, inner),
+            down_bias=bias(mlp.down_proj, hidden),
+        )
+        self._read(layer, block)
+        return layer
+
+    def _read(self, layer: Layer, block: Any) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        layer.attention_norm.copy_(block.input_layernorm.weight)
+        layer.mlp_norm.copy_(block.post_attention_layernorm.weight)
+        _stack(layer.qkv, layer.qkv_bias, (attention.q_proj, attention.k_proj, attention.v_proj), self.adapter)
+        _stack(layer.out, layer.out_bias, (attention.o_proj,), self.adapter)
+        _stack(layer.gate_up, layer.gate_up_bias, (mlp.gate_proj, mlp.up_proj), self.adapter)
+        _stack(layer.down, layer.down_bias, (mlp.down_proj,), self.adapter)
+        if layer.qk_norm is not None:
+            layer.qk_norm[: self.heads] = attention.q_norm.weight
+            layer.qk_norm[self.heads :] = attention.k_norm.weight
+
+    def rotations(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions 0 to at least ``length - 1``: ``[positions, head_dim]`` each; the sines of the
+        first half are negated, so that ``x * cos + (halves of x swapped) * sin`` is the rotation."""
+        if self.rotation is None or len(self.rotation[0]) < length:
+            length = 1 << (length - 1).bit_length()
+            angle = torch.arange(length, device=self.device, dtype=torch.float32)[:, None] * self.inv_freq
+            cos, sin = angle.cos() * self.rotation_scale, angle.sin() * self.rotation_scale
+            kind = self.attention_dtype
+            self.rotation = torch.cat((cos, cos), -1).to(kind), torch.cat((-sin, sin), -1).to(kind)
+        return self.rotation
+
+
+def _stack(into: Tensor, bias: Tensor | None, modules: tuple[Any, ...], adapter: str | None) -> None:
+    """Writes the modules' weights, and biases, below one another."""
+    start = 0
+    for module in modules:
+        weight = _weight(module, adapter)
+        end = start + weight.shape[0]
+        into[start:end] = weight
+        if bias is not None:
+            bias[start:end] = module.bias
+        start = end
+
+
+def _weight(module: Any, adapter: str | None) -> Tensor:
+    """The weight that the module applies when ``adapter`` speaks: fully trained copies and LoRA updates included."""
+    copies = getattr(module, "modules_to_save", None)
+    if copies is not None:
+        module = copies[adapter] if adapter in copies else module.original_module
+    weight = module.weight.detach()
+    if adapter is not None and adapter in getattr(module, "lora_A", {}) or adapter in getattr(module, "lora_embedding_A", {}):
+        return weight + module.get_delta_weight(adapter)
+    return weight
+
+
+def _tied(source: Any, adapter: str | None) -> bool:
+    """Whether the head reads the very matrix of the embedding, and no adapter changes only one of them."""
+    embed, head = source.model.embed_tokens, source.lm_head
+    adapted = any(hasattr(m, "lora_A") or hasattr(m, "modules_to_save") for m in (embed, head))
+    return not adapted and embed.weight is head.weight
