@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -112,7 +111,7 @@ def train_base(team: Team, task: ProceduralTask, section: BootstrapSection, repo
         optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
         for step in range(steps):
             for group in optimiser.param_groups:
-                group["lr"] = lr * min(1.0, (step + 1) / 50) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+                group["lr"] = lr * _schedule(step, steps)
             loss = _imitate(model, lessons.batch(section.batch, noisy=noisy))
             optimiser.zero_grad()
             loss.backward()
@@ -121,6 +120,11 @@ def train_base(team: Team, task: ProceduralTask, section: BootstrapSection, repo
             if (step + 1) % 50 == 0 or step + 1 == steps:
                 report(f"base model, {name}: step {step + 1}/{steps}, loss {loss.item():.3f}")
     return model, tokenizer
+
+
+def _schedule(step: int, steps: int) -> float:
+    """Fifty steps of warm-up, a plateau, and a linear fall to a tenth over the last three tenths."""
+    return min(1.0, (step + 1) / 50, 0.1 + 0.9 * (steps - step) / (0.3 * steps))
 
 
 class Lessons:

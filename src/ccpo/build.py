@@ -15,7 +15,8 @@ from ccpo.errors import UserError, nearest
 from ccpo.rollout import Limits, Sampling
 from ccpo.schedule import Schedule
 from ccpo.tasks import TASKS, ProceduralTask, Task
-from ccpo.teams import TEAMS, PlayTeam, Team, load_object
+from ccpo.imports import load_object
+from ccpo.teams import TEAMS, PlayTeam, Team
 from ccpo.types import Removal
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ccpo.errors import UserError
 from ccpo.rollout import Ask, play_team
-from ccpo.train import open_crew
+from ccpo.runs import open_crew
 from ccpo.types import Problem, Rollout
 
 

@@ -31,7 +31,7 @@ def train(
     steps: Annotated[Optional[int], typer.Option(help="with --resume: a new last step")] = None,
 ) -> None:
     """Train a team from a recipe, or go on with a run."""
-    from ccpo import train as library
+    from ccpo import runs as library
     from ccpo.display import TerminalReporter, before_after
 
     if (recipe is None) == (resume is None):
@@ -66,7 +66,7 @@ def evaluate(
     from ccpo.evaluate import evaluate as run_evaluation
     from ccpo.runfolder import write_json
     from ccpo.tasks import load_file
-    from ccpo.train import open_crew
+    from ccpo.runs import open_crew
 
     tests = {data.stem: load_file(data)} if data is not None else None
     with progress_note("loading"):

@@ -50,7 +50,7 @@ class Crew:
             kind=config.model.engine,
             dtype=DTYPES[config.model.decode],
             adapter=policy.adapter,
-            batch_tokens=config.rollout.decode_tokens,
+            max_batch_tokens=config.rollout.decode_tokens,
         )
 
     def _frozen(self) -> dict[str, Voice]:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ccpo.train import Reporter, Result
+from ccpo.runs import Reporter, Result
 from ccpo.types import Rollout
 
 

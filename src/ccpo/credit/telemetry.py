@@ -76,9 +76,13 @@ def correlation(x: Tensor, y: Tensor) -> float | None:
     x64, y64 = x.double().flatten(), y.double().flatten()
     if x64.numel() == 0 or x64.amax() == x64.amin() or y64.amax() == y64.amin():
         return None
-    x64, y64 = x64 - x64.mean(), y64 - y64.mean()
-    # unit vectors first: the product of two tiny norms would underflow
-    return torch.dot(x64 / x64.norm(), y64 / y64.norm()).clamp(-1, 1).item()
+    return torch.dot(_unit(x64 - x64.mean()), _unit(y64 - y64.mean())).clamp(-1, 1).item()
+
+
+def _unit(x: Tensor) -> Tensor:
+    """``x`` with norm 1. Scaled by its largest part first: squares of very small or large numbers are 0 or infinite."""
+    scaled = x / x.abs().amax()
+    return scaled / scaled.norm()
 
 
 def _likeness(corr: float | None) -> dict[str, float]:

@@ -164,28 +164,35 @@ class NativeEngine:
         return batch
 
     def _prefill_chunk(self, ids_BC: Tensor, real_BL: Tensor, caches: list[Tensor], columns: slice) -> Tensor:
-        """Runs these columns of the prompts against all before them; returns the hidden states of the last column."""
-        w, (rows, count) = self.weights, ids_BC.shape
+        """Runs these columns against all before them; after the last chunk, returns the last column's hidden states.
+
+        Only real tokens, packed, go through the matrices; padding takes part in the attention alone, masked.
+        """
+        w, (rows, count), (_, width) = self.weights, ids_BC.shape, real_BL.shape
         place_C = torch.arange(columns.start, columns.stop, device=self.device)
-        position_BC = (place_C - (~real_BL).sum(-1, keepdim=True)).clamp(min=0)
-        cos, sin = (table[position_BC.flatten()][:, None] for table in w.rotations(real_BL.shape[1]))
+        packed = real_BL[:, columns].flatten().nonzero()[:, 0]
+        position = (place_C - (~real_BL).sum(-1, keepdim=True)).flatten()[packed]
+        cos, sin = (table[position][:, None] for table in w.rotations(width))
         # A padding column sees itself, so that no softmax is over nothing; no real column sees it.
         seen_C = torch.arange(columns.stop, device=self.device)
-        causal = seen_C <= place_C[:, None]
-        itself = seen_C == place_C[:, None]
-        allowed = ((causal & real_BL[:, None, : columns.stop]) | itself)[:, None]
-        hidden = w.embed[ids_BC.flatten()]
+        earlier, itself = seen_C <= place_C[:, None], seen_C == place_C[:, None]
+        allowed = ((earlier & real_BL[:, None, : columns.stop]) | itself)[:, None]
+        hidden = w.embed[ids_BC.flatten()[packed]]
         for layer, cache in zip(w.layers, caches, strict=True):
-            qkv = self._project(layer, hidden, cos, sin).unflatten(0, (rows, count))
+            qkv = hidden.new_zeros(rows * count, w.heads + 2 * w.kv_heads, w.head_dim, dtype=w.attention_dtype)
+            qkv = qkv.index_copy_(0, packed, self._project(layer, hidden, cos, sin)).unflatten(0, (rows, count))
             cache[:, :, :, columns] = qkv[:, :, w.heads :].unflatten(2, (2, w.kv_heads)).permute(2, 0, 3, 1, 4)
             query = qkv[:, :, : w.heads].transpose(1, 2)
-            if layer is w.layers[-1]:  # of the last layer only the last column is read
-                hidden, query, allowed = hidden.unflatten(0, (rows, count))[:, -1], query[:, :, -1:], allowed[:, :, -1:]
+            if layer is w.layers[-1]:  # only the last column of the whole prompt is read from the last layer
+                if columns.stop < width:
+                    break
+                hidden = hidden[real_BL[:, columns].sum(-1).cumsum(0) - 1]
+                query, allowed, packed = query[:, :, -1:], allowed[:, :, -1:], slice(None)
             key, value = cache[:, :, :, : columns.stop]
             mixed = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=allowed, scale=w.scale, enable_gqa=w.heads != w.kv_heads
             )
-            hidden = self._absorb(layer, hidden, mixed.transpose(1, 2).flatten(2).flatten(0, 1))
+            hidden = self._absorb(layer, hidden, mixed.transpose(1, 2).flatten(2).flatten(0, 1)[packed])
         return hidden
 
     def _step(self, batch: Batch, token_B: Tensor, column: int) -> None:
@@ -212,10 +219,10 @@ class NativeEngine:
         qkv = F.linear(normed, layer.qkv, layer.qkv_bias).to(w.attention_dtype).unflatten(-1, (-1, w.head_dim))
         turning = qkv[:, : w.heads + w.kv_heads]
         if layer.qk_norm is not None:
-            turning = F.rms_norm(turning, turning.shape[-1:], None, w.eps) * layer.qk_norm
+            turning.copy_(F.rms_norm(turning, turning.shape[-1:], None, w.eps)).mul_(layer.qk_norm)
         left, right = turning.chunk(2, -1)
         swapped = torch.cat((right, left), -1)
-        qkv[:, : w.heads + w.kv_heads] = (turning * cos).addcmul_(swapped, sin)
+        turning.mul_(cos).addcmul_(swapped, sin)
         return qkv
 
     def _absorb(self, layer: Layer, hidden: Tensor, mixed: Tensor) -> Tensor:

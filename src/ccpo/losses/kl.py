@@ -32,7 +32,8 @@ def k3(logprob_BT: Tensor, ref_BT: Tensor) -> Tensor:
     must not outweigh the batch.
     """
     d_BT = k1(logprob_BT, ref_BT).clamp(-20.0, 20.0)
-    return (torch.exp(-d_BT) - 1 + d_BT).clamp(-10.0, 10.0)
+    # expm1: exp(-d) - 1 would lose all digits where the policies agree
+    return (torch.expm1(-d_BT) + d_BT).clamp(-10.0, 10.0)
 
 
 def absolute(logprob_BT: Tensor, ref_BT: Tensor) -> Tensor:

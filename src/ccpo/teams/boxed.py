@@ -1,4 +1,5 @@
-r"""Strips a trailing ``\boxed{…}`` from a thought, so that its reader gets the reasoning and not the answer (CCPO v2, arXiv 2603.21563)."""
+r"""Strips a trailing ``\boxed{…}`` from a thought, so that its reader gets the reasoning and not the answer (CCPO v2,
+arXiv 2603.21563)."""
 
 from __future__ import annotations
 
@@ -9,8 +10,9 @@ _CLOSERS = {"$": "$", "\\]": "\\[", "\\)": "\\("}  # the end of a formula and it
 def strip_boxed(text: str) -> str:
     r"""``text`` without the boxed expressions at its end, or ``text`` itself where there is none.
 
-    Full stops and spaces after the box go with it, and the ``$ … $``, ``\[ … \]`` or ``\( … \)`` that holds nothing but the box. Braces are
-    matched, escaped ones (``\{``) do not count. Linear in the length of the text, whatever it holds.
+    Full stops and spaces after the box go with it, and the ``$ … $``, ``\[ … \]`` or ``\( … \)`` that holds nothing but
+    the box. Braces are matched, escaped ones (``\{``) do not count. Linear in the length of the text, whatever it
+    holds.
     """
     end = len(text)
     while (start := _box_before(text, end)) is not None:

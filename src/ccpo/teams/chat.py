@@ -31,11 +31,12 @@ def render_prompt(
     max_message_tokens: int | None = None,
     keep_tail: bool = False,
 ) -> Prompt:
-    """The prompt of ``turn``: its template with ``values``, the system prompt, the tokenizer's chat template where it has one.
+    """The prompt of ``turn``: its template with ``values``, the system prompt, the tokenizer's chat template where it
+    has one.
 
-    Messages longer than ``max_message_tokens`` are cut to it, and while the prompt is longer than ``budget`` tokens the longest messages are cut
-    further, evenly, keeping their heads (or tails). The problem is never cut. Nothing in ``values`` can put a special token into the prompt: text that
-    imitates one gets a space inside it.
+    Messages longer than ``max_message_tokens`` are cut to it, and while the prompt is longer than ``budget`` tokens the
+    longest messages are cut further, evenly, keeping their heads (or tails). The problem is never cut. Nothing in
+    ``values`` can put a special token into the prompt: text that imitates one gets a space inside it.
 
     Raises :class:`~ccpo.errors.UserError` where the prompt is too long without any message.
     """
@@ -45,7 +46,7 @@ def render_prompt(
     prompt = job.fit(given)
     if reader.marks(prompt.ids) == job.expected_marks(given):
         return prompt
-    # A token was made across a border (a message "<|im_" before a message "end|>"), or by the tokenizer's own normalisation.
+    # A token was made across a border (a message "<|im_" before a message "end|>"), or by the tokenizer itself.
     return job.fit({name: text and scatter(text) for name, text in given.items()})
 
 
@@ -68,7 +69,8 @@ class _Job:
             lengths = [self.reader.length(shown[name]) for name in messages]
             if not any(lengths):
                 raise UserError(
-                    f"the prompt of turn {self.turn.name!r} has {len(ids)} tokens without any message, and the budget is {self.budget}; "
+                    f"the prompt of turn {self.turn.name!r} has {len(ids)} tokens without any message, and the "
+                    f"budget is {self.budget}; "
                     "raise rollout.max_prompt_tokens, shorten the template or leave out such long problems"
                 )
             cut += self._cut_to(_level(lengths, len(ids) - self.budget), shown, messages)
@@ -103,7 +105,8 @@ class _Job:
 
 
 def _level(lengths: Collection[int], excess: int) -> int:
-    """The greatest length to which the longest can be cut so that ``excess`` tokens go; 0 where all of them are not enough."""
+    """The greatest length to which the longest can be cut so that ``excess`` tokens go; 0 where all of them are not
+    enough."""
     ordered = sorted(lengths, reverse=True)
     for count, following in enumerate([*ordered[1:], 0], start=1):
         if sum(ordered[:count]) - count * following >= excess:

@@ -1,8 +1,8 @@
 """Decision rules: how the texts of a play become one answer and one reward.
 
 Every rule has ``kind``, ``reads`` (the turns it reads), ``sole`` (the turn that alone is the answer, or None),
-``without(turns)`` (the rule that is left when those turns are gone, or None) and ``decide_many`` / ``decide``. Votes are counted in
-:mod:`ccpo.teams.votes` and nowhere else.
+``without(turns)`` (the rule that is left when those turns are gone, or None) and ``decide_many`` / ``decide``. Votes
+are counted in :mod:`ccpo.teams.votes` and nowhere else.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from ccpo.types import Problem
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ballot:
-    """What a turn says to the decision: its normalised ``answer`` (None abstains), the verdict's ``score`` in [0, 1], and its ``weight``
-    in a weighted vote (exp of its mean log-probability)."""
+    """What a turn says to the decision: its normalised ``answer`` (None abstains), the verdict's ``score`` in [0, 1],
+    and its ``weight`` in a weighted vote (exp of its mean log-probability)."""
 
     turn: str
     answer: str | None
@@ -170,8 +170,8 @@ class Sampled(_Vote):
 
 @dataclass(frozen=True, slots=True)
 class Function(_Several):
-    """A Python function makes the answer's text: ``fn(problem, messages)``, ``messages`` the texts of ``turns`` by name without those
-    that are gone. What it returns is verified like any text."""
+    """A Python function makes the answer's text: ``fn(problem, messages)``, ``messages`` the texts of ``turns`` by name
+    without those that are gone. What it returns is verified like any text."""
 
     fn: Callable[[Problem, Mapping[str, str]], str]
     turns: tuple[str, ...]

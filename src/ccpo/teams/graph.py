@@ -18,8 +18,8 @@ _TURN_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")  # it is written in brac
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """Who speaks: ``policy`` names the weights (agents with the same policy share them; default: its own name), ``system`` its
-    system prompt."""
+    """Who speaks: ``policy`` names the weights (agents with the same policy share them; default: its own name),
+    ``system`` its system prompt."""
 
     name: str
     policy: str | None = None
@@ -37,9 +37,9 @@ class Agent:
 
 @dataclass(frozen=True, slots=True)
 class TurnSpec:
-    """One turn of an agent: the ``template`` of its prompt, and the turns it ``reads`` (default: those that the template names, in order of
-    appearance). ``strip_boxed`` takes a trailing boxed answer off before others read the turn. ``dropped`` are messages that the template
-    names and that nobody speaks any more."""
+    """One turn of an agent: the ``template`` of its prompt, and the turns it ``reads`` (default: those that the
+    template names, in order of appearance). ``strip_boxed`` takes a trailing boxed answer off before others read the
+    turn. ``dropped`` are messages that the template names and that nobody speaks any more."""
 
     name: str
     agent: str
@@ -52,7 +52,8 @@ class TurnSpec:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _TURN_NAME.fullmatch(self.name) or self.name in RESERVED:
             raise UserError(
-                f"turn name {self.name!r}: use letters, digits and '_', not beginning with a digit, and neither of {', '.join(RESERVED)}"
+                f"turn name {self.name!r}: use letters, digits and '_', not beginning with a digit, and neither "
+                f"of {', '.join(RESERVED)}"
             )
         if not isinstance(self.template, str):
             raise UserError(f"turn {self.name!r}: the template is {self.template!r}; write it as text")
@@ -68,7 +69,8 @@ class TurnSpec:
         if self.reads is None:
             if UPSTREAM in template.names:
                 raise UserError(
-                    f"turn {self.name!r}: its template shows {{{UPSTREAM}}}; say whose messages these are with reads: [turn, …]"
+                    f"turn {self.name!r}: its template shows {{{UPSTREAM}}}; say whose messages these are with "
+                    "reads: [turn, …]"
                 )
             return named
         if isinstance(self.reads, str):
@@ -77,13 +79,15 @@ class TurnSpec:
         missing = next((name for name in named if name not in reads), None)
         if missing is not None:
             raise UserError(
-                f"turn {self.name!r}: its template shows {{{missing}}}, which is not in reads ({', '.join(reads) or 'empty'}).{nearest(missing, reads)} "
+                f"turn {self.name!r}: its template shows {{{missing}}}, which is not in reads "
+                f"({', '.join(reads) or 'empty'}).{nearest(missing, reads)} "
                 f"Add it, or write {{{{{missing}}}}} for literal braces"
             )
         unseen = next((name for name in reads if name not in named), None)
         if unseen is not None and UPSTREAM not in template.names:
             raise UserError(
-                f"turn {self.name!r} reads {unseen!r} but its template does not show it; add {{{unseen}}} or {{{UPSTREAM}}}"
+                f"turn {self.name!r} reads {unseen!r} but its template does not show it; add {{{unseen}}} or "
+                f"{{{UPSTREAM}}}"
             )
         return reads
 
@@ -92,8 +96,8 @@ class TurnSpec:
         return Template.parse(self.template)
 
     def with_template(self, template: str) -> TurnSpec:
-        """The turn with another prompt. What it reads follows from that prompt: a message that is no longer shown is no edge of the graph;
-        ``{upstream}`` stands for what the turn read before."""
+        """The turn with another prompt. What it reads follows from that prompt: a message that is no longer shown is no
+        edge of the graph; ``{upstream}`` stands for what the turn read before."""
         names = Template.parse(template).names
         if UPSTREAM not in names:
             return replace(self, template=template, reads=None)
@@ -109,10 +113,12 @@ class TurnSpec:
 class Team:
     """A team: agents, the turns they speak, and the rule that decides. Checked when it is made.
 
-    ``levels`` are the turns in topological levels: a level reads only earlier ones, so that its turns can be spoken together;
-    ``turns_in_order`` the same in one row. ``decider`` is the one agent whose turn is the answer, or None (votes, functions).
+    ``levels`` are the turns in topological levels: a level reads only earlier ones, so that its turns can be spoken
+    together; ``turns_in_order`` the same in one row. ``decider`` is the one agent whose turn is the answer, or None
+    (votes, functions).
 
-    Raises :class:`~ccpo.errors.UserError` for a cycle, an unknown agent or turn, a name given twice, a missing decision, an agent without a turn.
+    Raises :class:`~ccpo.errors.UserError` for a cycle, an unknown agent or turn, a name given twice, a missing
+    decision, an agent without a turn.
     """
 
     name: str
@@ -153,7 +159,8 @@ class Team:
         found = next((a for a in self.agents if a.name == name), None)
         if found is None:
             raise UserError(
-                f"{self._here} has no agent {name!r}; it has {', '.join(self.agent_names)}.{nearest(name, self.agent_names)}"
+                f"{self._here} has no agent {name!r}; it has "
+                f"{', '.join(self.agent_names)}.{nearest(name, self.agent_names)}"
             )
         return found
 
@@ -181,24 +188,27 @@ class Team:
     def without(self, *names: str, how: Removal = Removal.DROP) -> Team:
         """The team that is left without the agents ``names``: their turns are gone and templates show them as dropped.
 
-        Raises UserError where nothing is left to decide on, and for another ``how``: then something stands in their place, which a
-        plan can say and a smaller team cannot.
+        Raises UserError where nothing is left to decide on, and for another ``how``: then something stands in their
+        place, which a plan can say and a smaller team cannot.
         """
         removed = self.coalition(names)
         if how != Removal.DROP:
             raise UserError(
-                f"only removal by 'drop' makes a smaller team, {str(how)!r} does not; use team.plan({removed!r}, how={str(how)!r})"
+                f"only removal by 'drop' makes a smaller team, {str(how)!r} does not; use team.plan({removed!r}, "
+                f"how={str(how)!r})"
             )
         gone = {t.name for t in self.turns if t.agent in removed}
         decision = self.decision.without(gone)
         if decision is None:
             raise UserError(
-                f"{self._here} without {', '.join(removed)} has no answer: decision {str(self.decision.kind)!r} reads only what they say"
+                f"{self._here} without {', '.join(removed)} has no answer: decision {str(self.decision.kind)!r} "
+                "reads only what they say"
             )
         return self._rest(removed, gone, decision)
 
     def alone(self, agent: str) -> Team:
-        """Only ``agent``, with every message of the others dropped. Where the decision reads none of its turns, its last turn is the answer."""
+        """Only ``agent``, with every message of the others dropped. Where the decision reads none of its turns, its
+        last turn is the answer."""
         last = self.turns_of(agent)[-1].name
         others = self.coalition(a for a in self.agent_names if a != agent)
         gone = {t.name for t in self.turns if t.agent != agent}
@@ -226,7 +236,8 @@ class Team:
         for turn in self.turns:
             if turn.agent not in names:
                 raise UserError(
-                    f"{self._here}: turn {turn.name!r} belongs to {turn.agent!r}, which is no agent of it ({', '.join(names)}).{nearest(turn.agent, names)}"
+                    f"{self._here}: turn {turn.name!r} belongs to {turn.agent!r}, which is no agent of it "
+                    f"({', '.join(names)}).{nearest(turn.agent, names)}"
                 )
         silent = next((n for n in names if all(t.agent != n for t in self.turns)), None)
         if silent is not None:
@@ -237,24 +248,28 @@ class Team:
             for name in turn.reads:
                 if name not in self._turn:
                     raise UserError(
-                        f"{self._here}: the template of turn {turn.name!r} reads {name!r}, which is no turn of it ({', '.join(self._turn)})."
+                        f"{self._here}: the template of turn {turn.name!r} reads {name!r}, which is no turn of "
+                        f"it ({', '.join(self._turn)})."
                         f"{nearest(name, self._turn)} For literal braces write {{{{{name}}}}}"
                     )
 
     def _check_decision(self) -> None:
         if not isinstance(self.decision, tuple(DECISIONS.values())):
             raise UserError(
-                f"{self._here} has no decision (found {self.decision!r}); say how its answer is made: {', '.join(DECISIONS)}"
+                f"{self._here} has no decision (found {self.decision!r}); say how its answer is made: "
+                f"{', '.join(DECISIONS)}"
             )
         for name in self.decision.reads:
             if name not in self._turn:
                 raise UserError(
-                    f"{self._here}: decision {str(self.decision.kind)!r} reads {name!r}, which is no turn of it ({', '.join(self._turn)})."
+                    f"{self._here}: decision {str(self.decision.kind)!r} reads {name!r}, which is no turn of it "
+                    f"({', '.join(self._turn)})."
                     f"{nearest(name, self._turn)}"
                 )
         if isinstance(self.decision, Judge) and not _hears_others(self.turns, self.decision.turn):
             raise UserError(
-                f"{self._here}: the judge's turn {self.decision.turn!r} reads nobody else; let its template show what it judges, or use last_turn"
+                f"{self._here}: the judge's turn {self.decision.turn!r} reads nobody else; let its template show "
+                "what it judges, or use last_turn"
             )
 
 
@@ -281,7 +296,8 @@ def _levels(team: Team) -> tuple[tuple[TurnSpec, ...], ...]:
         level = tuple(t for t in waiting if done.issuperset(t.reads))
         if not level:
             raise UserError(
-                f"team {team.name!r}: the turns {' → '.join(_cycle(waiting))} read each other in a circle; cut one of these reads"
+                f"team {team.name!r}: the turns {' → '.join(_cycle(waiting))} read each other in a circle; cut "
+                "one of these reads"
             )
         levels.append(level)
         done.update(t.name for t in level)
@@ -290,7 +306,8 @@ def _levels(team: Team) -> tuple[tuple[TurnSpec, ...], ...]:
 
 
 def _cycle(waiting: Collection[TurnSpec]) -> list[str]:
-    """A circle among ``waiting``, every one of which reads another of them: reader after speaker, the first name again at the end."""
+    """A circle among ``waiting``, every one of which reads another of them: reader after speaker, the first name again
+    at the end."""
     reads = {t.name: t.reads for t in waiting}
     path = [next(iter(reads))]
     while path.count(path[-1]) == 1:

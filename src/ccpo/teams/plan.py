@@ -1,8 +1,8 @@
 """What becomes of every turn when agents are removed: the counterfactual of a team (CCPO, arXiv 2603.21563).
 
-Removing an agent deletes its turns. Turns that are not downstream of it keep the text they had; turns that are downstream, and
-that the decision needs, are spoken again without its messages; the decision then reads what is left. So the number of new
-tokens follows from the graph: none for a vote, one solo answer for thinker and solver.
+Removing an agent deletes its turns. Turns that are not downstream of it keep the text they had; turns that are
+downstream, and that the decision needs, are spoken again without its messages; the decision then reads what is left. So
+the number of new tokens follows from the graph: none for a vote, one solo answer for thinker and solver.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class Fate(StrEnum):
 class Plan:
     """The counterfactual without ``removed``.
 
-    ``fates`` has every turn of the team; ``given`` is the text of turns whose fate is GIVEN; ``redo`` are the turns spoken again by their own
-    policies, ``decoded`` these and the frozen ones, in topological order. ``per_problem``: nothing that is decoded or decided on reads
-    a text of the joint rollout, so draws belong to the problem and not to a rollout. ``answerable``: something is left to decide
-    on; where it is not, the reward is 0 and nothing is decoded. ``free``: nothing is decoded.
+    ``fates`` has every turn of the team; ``given`` is the text of turns whose fate is GIVEN; ``redo`` are the turns
+    spoken again by their own policies, ``decoded`` these and the frozen ones, in topological order. ``per_problem``:
+    nothing that is decoded or decided on reads a text of the joint rollout, so draws belong to the problem and not to a
+    rollout. ``answerable``: something is left to decide on; where it is not, the reward is 0 and nothing is decoded.
+    ``free``: nothing is decoded.
     """
 
     removed: Coalition

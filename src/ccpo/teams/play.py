@@ -24,8 +24,8 @@ from ccpo.types import Problem
 
 
 class Speak(Protocol):
-    """Lets ``agent`` speak: ``template`` may show ``{problem}`` and the ``messages`` by name. Returns what it said; None when the agent is
-    removed by ``drop``, an empty text when it is removed by ``blank``."""
+    """Lets ``agent`` speak: ``template`` may show ``{problem}`` and the ``messages`` by name. Returns what it said;
+    None when the agent is removed by ``drop``, an empty text when it is removed by ``blank``."""
 
     async def __call__(self, agent: str, template: str, /, **messages: str | None) -> str | None: ...
 
@@ -35,9 +35,11 @@ Play = Callable[[Problem, Speak], Awaitable[str]]
 
 @dataclass(frozen=True, slots=True)
 class PlayTeam:
-    """A team played by ``play(problem, speak)``, whose returned text is verified. Without an agent the whole play is run again.
+    """A team played by ``play(problem, speak)``, whose returned text is verified. Without an agent the whole play is
+    run again.
 
-    Raises :class:`~ccpo.errors.UserError` where ``play`` is not an async function of two arguments, and for names given twice.
+    Raises :class:`~ccpo.errors.UserError` where ``play`` is not an async function of two arguments, and for names given
+    twice.
     """
 
     name: str
@@ -69,7 +71,8 @@ class PlayTeam:
         found = next((a for a in self.agents if a.name == name), None)
         if found is None:
             raise UserError(
-                f"team {self.name!r} has no agent {name!r}; it has {', '.join(self.agent_names)}.{nearest(name, self.agent_names)}"
+                f"team {self.name!r} has no agent {name!r}; it has "
+                f"{', '.join(self.agent_names)}.{nearest(name, self.agent_names)}"
             )
         return found
 

@@ -1,4 +1,5 @@
-"""A tokenizer as the reader of prompts: chat frame, token counts, and protection against text that imitates special tokens."""
+"""A tokenizer as the reader of prompts: chat frame, token counts, and protection against text that imitates special
+tokens."""
 
 from __future__ import annotations
 
@@ -13,22 +14,25 @@ _readers: WeakKeyDictionary[Any, Reader] = WeakKeyDictionary()
 
 
 def reader_of(tokenizer: Any) -> Reader:
-    """The :class:`Reader` of a Hugging Face tokenizer, made once."""
-    if tokenizer not in _readers:
-        _readers[tokenizer] = Reader(tokenizer)
-    return _readers[tokenizer]
+    """The :class:`Reader` of a Hugging Face tokenizer, made once for each chat template that it is given."""
+    known = _readers.get(tokenizer)
+    if known is None or known.template != getattr(tokenizer, "chat_template", None):
+        known = _readers[tokenizer] = Reader(tokenizer)
+    return known
 
 
 class Reader:
     """What a prompt needs to know of a tokenizer.
 
-    ``guarded`` are the texts that must not come out of what a model or a data file wrote: the tokens that the tokenizer calls special, and its
-    added tokens in angle or square brackets, since some chat templates mark roles with tokens that are not called special.
+    ``guarded`` are the texts that must not come out of what a model or a data file wrote: the tokens that the tokenizer
+    calls special, and its added tokens in angle or square brackets, since some chat templates mark roles with tokens
+    that are not called special.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.chat = bool(getattr(tokenizer, "chat_template", None))
+        self.template = getattr(tokenizer, "chat_template", None)
+        self.chat = bool(self.template)
         self.system_role = self.chat and _shows_system(tokenizer)
         guarded = _guarded(tokenizer)
         breakable = sorted((t for t in guarded if len(t) > 1 and not re.search(r"\s", t)), key=len, reverse=True)
@@ -70,9 +74,10 @@ class Reader:
         return ""
 
     def defuse(self, text: str) -> str:
-        """``text`` with a space inside everything that would be read as a special token: ``<|im_end|>`` becomes ``< |im_end|>``.
+        """``text`` with a space inside all that would be read as a special token (``<|im_end|>``: ``< |im_end|>``).
 
-        Repeated, since breaking one token can leave another (``<<s>``). It ends: every break makes a run without spaces shorter.
+        Repeated, since breaking one token can leave another (``<<s>``). It ends: every break makes a run without spaces
+        shorter.
         """
         while self._pattern is not None and self._pattern.search(text):
             text = self._pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
@@ -93,8 +98,8 @@ class Reader:
 def scatter(text: str) -> str:
     """``text`` with a space around every sign that is neither letter nor digit, in compatibility form.
 
-    The heavy means, for text that makes a special token together with what stands beside it: no token with such a sign in it
-    can be left.
+    The heavy means, for text that makes a special token together with what stands beside it: no token with such a sign
+    in it can be left.
     """
     plain = unicodedata.normalize("NFKC", text)
     return " " + re.sub(r"[^\w\s]|_", r" \g<0> ", plain) + " "

@@ -1,12 +1,13 @@
 r"""Ready-made teams, with prompts for instruction-tuned models on questions whose answer goes into ``\boxed{}``.
 
-Every prompt can be replaced: ``prompts`` maps a turn's name, or an agent's for all of its turns, to a template. ``system`` is one system prompt, or one by
-agent. ``shared_policy`` lets all agents speak with the same weights.
+Every prompt can be replaced: ``prompts`` maps a turn's name, or an agent's for all of its turns, to a template.
+``system`` is one system prompt, or one by agent. ``shared_policy`` lets all agents speak with the same weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from ccpo.errors import UserError, nearest
 from ccpo.teams.decisions import LastTurn, Majority, Sampled, Weighted
@@ -18,8 +19,9 @@ System = str | Mapping[str, str] | None
 ANSWER = r"Reason step by step, and put your final answer within \boxed{}."
 
 THINKER = (
-    "{problem}\n\nThink about this problem for a colleague who will write the final solution. Say what matters: the idea, the steps, "
-    "the intermediate results and the places where one goes wrong. Do not state the final answer and do not write \\boxed{}."
+    "{problem}\n\nThink about this problem for a colleague who will write the final solution. Say what matters: the "
+    "idea, the steps, the intermediate results and the places where one goes wrong. Do not state the final answer and "
+    "do not write \\boxed{}."
 )
 
 SOLVER = r"""{problem}[[
@@ -50,8 +52,9 @@ Check this work, correct what is wrong and carry it on.]]
 Reason step by step, and put your final answer within \boxed{}."""
 
 PLAN = (
-    "{problem}\n\nYou lead a team of {COUNT}. Do not solve the problem yourself. Split it into parts that can be worked on at the same "
-    "time, one for each worker, worker1 to worker{COUNT}, and write for each of them what to find out."
+    "{problem}\n\nYou lead a team of {COUNT}. Do not solve the problem yourself. Split it into parts that can be "
+    "worked on at the same time, one for each worker, worker1 to worker{COUNT}, and write for each of them "
+    "what to find out."
 )
 
 WORKER = """{problem}[[
@@ -122,7 +125,7 @@ def chain(
     """``agent1`` → … → ``agentK``: each carries on the work of the one before it, the last one answers."""
     names = _names("agent", k)
     turns = [TurnSpec(names[0], names[0], FIRST, strip_boxed=strip_boxed and k > 1)]
-    for before, name in zip(names, names[1:], strict=False):
+    for before, name in pairwise(names):
         template = LINK.replace("{PREVIOUS}", f"{{{before}}}")
         turns.append(TurnSpec(name, name, template, strip_boxed=strip_boxed and name != names[-1]))
     return _team("chain", names, turns, LastTurn(names[-1]), prompts, system, shared_policy)
@@ -137,8 +140,8 @@ def debate(
     system: System = None,
     shared_policy: str | None = None,
 ) -> Team:
-    """``debater1`` … ``debaterK`` answer, then in each further round read everybody's answer of the round before and answer again; a
-    vote over the last round decides. Turns are named ``debater1_round1``. ``rounds=1`` is voting."""
+    """``debater1`` … ``debaterK`` answer, then in each further round read everybody's answer of the round before and
+    answer again; a vote over the last round decides. Turns are named ``debater1_round1``. ``rounds=1`` is voting."""
     names = _names("debater", k)
     _at_least("rounds", rounds, 1)
     turns = [TurnSpec(f"{name}_round1", name, FIRST) for name in names]
@@ -155,7 +158,8 @@ def debate(
 def manager_workers(
     k: int = 3, *, prompts: Prompts | None = None, system: System = None, shared_policy: str | None = None
 ) -> Team:
-    """The manager plans (turn ``plan``), ``worker1`` … ``workerK`` do their parts, the manager reads them and answers (turn ``final``)."""
+    """The manager plans (turn ``plan``), ``worker1`` … ``workerK`` do their parts, the manager reads them and answers
+    (turn ``final``)."""
     workers = _names("worker", k)
     turns = [TurnSpec("plan", "manager", PLAN.replace("{COUNT}", str(k)))]
     turns += [TurnSpec(name, name, WORKER.replace("{NAME}", name)) for name in workers]
@@ -193,7 +197,8 @@ def _known(what: str, given: Mapping[str, object], known: Sequence[str] | Mappin
     for name in given:
         if name not in known:
             raise UserError(
-                f"{what} has {name!r}, which this team does not know; allowed: {', '.join(known)}.{nearest(name, known)}"
+                f"{what} has {name!r}, which this team does not know; allowed: "
+                f"{', '.join(known)}.{nearest(name, known)}"
             )
 
 

@@ -28,7 +28,8 @@ _TURN_KEYS = ("agent", "template", "reads", "max_tokens", "strip_boxed")
 
 
 def team_from_dict(data: Mapping[str, Any]) -> Team:
-    """The team that ``data`` describes. Raises :class:`~ccpo.errors.UserError` that names the key, and what is wrong with the graph."""
+    """The team that ``data`` describes. Raises :class:`~ccpo.errors.UserError` that names the key, and what is wrong
+    with the graph."""
     _mapping("team", data)
     _keys("team", data, ("name", "agents", "turns", "decision"), needed=("agents", "turns", "decision"))
     return custom(**data)

@@ -1,11 +1,12 @@
 r"""The prompt language: names in braces, and sections that vanish with the messages they show.
 
-- ``{problem}`` is the problem, ``{thinker}`` the message of the turn ``thinker``, and ``{upstream}`` every message that the turn reads
-  and that the template does not name itself, each as a paragraph ``NAME: text``.
-- ``[[ … ]]`` is left out when a message named in it is dropped; sections do not nest. Brackets around no name at all are plain text.
+- ``{problem}`` is the problem, ``{thinker}`` the message of the turn ``thinker``, and ``{upstream}`` every message that
+  the turn reads and that the template does not name itself, each as a paragraph ``NAME: text``.
+- ``[[ … ]]`` is left out when a message named in it is dropped; sections do not nest. Brackets around no name at all
+  are plain text.
 - A dropped message outside a section is empty text.
-- ``{{`` and ``}}`` are literal braces (``}}`` only where a ``{{`` is open, so that ``\boxed{\frac{1}{2}}`` stays as it is), and braces around
-  anything that is not an identifier, such as ``\boxed{}``, are plain text.
+- ``{{`` and ``}}`` are literal braces (``}}`` only where a ``{{`` is open, so that ``\boxed{\frac{1}{2}}`` stays as it
+  is), and braces around anything that is not an identifier, such as ``\boxed{}``, are plain text.
 
 Substitution is one pass: what a model wrote is never read as a template.
 """
@@ -113,7 +114,8 @@ def _parse(text: str) -> Template:
         elif token == "[[":
             if section is not None:
                 raise UserError(
-                    f"template {_excerpt(text, mark.start())}: optional sections [[ … ]] do not nest; use two side by side"
+                    f"template {_excerpt(text, mark.start())}: optional sections [[ … ]] do not nest; use two "
+                    "side by side"
                 )
             section = []
         elif token == "]]":
@@ -126,7 +128,8 @@ def _parse(text: str) -> Template:
         parts.append(rest)
     elif any(isinstance(p, _Slot) for p in section):
         raise UserError(
-            f"template {_excerpt(text, text.rindex('[['))}: the section that opens with [[ has no ]]; close it, or write '[ [' for plain brackets"
+            f"template {_excerpt(text, text.rindex('[['))}: the section that opens with [[ has no ]]; close it, "
+            "or write '[ [' for plain brackets"
         )
     else:
         parts.extend(["[[", *section, rest])
@@ -135,7 +138,8 @@ def _parse(text: str) -> Template:
 
 
 def _close(section: list[str | _Slot] | None) -> list[str | _Slot | _Section]:
-    """What a ``]]`` makes of the parts since its ``[[``: a section, or plain text where no section is open or it names nothing."""
+    """What a ``]]`` makes of the parts since its ``[[``: a section, or plain text where no section is open or it names
+    nothing."""
     if section is None:
         return ["]]"]
     if any(isinstance(p, _Slot) for p in section):

@@ -1,8 +1,9 @@
-"""Counts votes, vectorised: what a majority, a weighted or a sampled vote pays, and what it would pay without each voter.
+"""Counts votes, vectorised: what a majority, a weighted or a sampled vote pays, and what it would pay without each
+voter.
 
-The rules. Votes for the same answer are one class. A tie pays the expected reward under a uniformly random choice among the tied answers;
-an abstention is no vote; no votes at all pay 0. Nothing is decoded for the counterfactual of a voter: it is a re-count
-(CCPO for voting, arXiv 2603.21563).
+The rules. Votes for the same answer are one class. A tie pays the expected reward under a uniformly random choice among
+the tied answers; an abstention is no vote; no votes at all pay 0. Nothing is decoded for the counterfactual of a voter:
+it is a re-count (CCPO for voting, arXiv 2603.21563).
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def majority_BK(
     """Expected reward of a vote.
 
     ``majority``, ``weighted``: ``R = mean over the tied answers a of s(a)``, tied: those with the greatest ``W(a)``.
-    ``sampled``: ``R = sum over answers a of s(a) W(a) / sum W``. Here ``W(a)`` is the number of votes for ``a`` (``weighted``: their summed
-    weight) and ``s(a)`` the mean score of the votes for ``a`` (they are equal where the verifier reads only the answer).
+    ``sampled``: ``R = sum over answers a of s(a) W(a) / sum W``. Here ``W(a)`` is the number of votes for ``a``
+    (``weighted``: their summed weight) and ``s(a)`` the mean score of the votes for ``a`` (they are equal where the
+    verifier reads only the answer).
 
     Args:
         answer_BK: integers, one class per distinct answer of a row; -1 (any negative number) is an abstention.
@@ -70,7 +72,8 @@ def majority_BK(
 def recount_without(
     answer_BK: Tensor, score_BK: Tensor, weight_BK: Tensor | None = None, kind: str = VoteKind.MAJORITY
 ) -> Tensor:
-    """``reward_KB[k]``: what the vote pays when voter ``k`` is removed, for every voter at once. Arguments as :func:`majority_BK`."""
+    """``reward_KB[k]``: what the vote pays when voter ``k`` is removed, for every voter at once. Arguments as
+    :func:`majority_BK`."""
     votes = _check(answer_BK, score_BK, weight_BK, kind)
     rewards = []
     for answer_KB, score_KB, weight_KB in _chunks(*votes):
@@ -93,7 +96,8 @@ def _check(answer_BK: Tensor, score_BK: Tensor, weight_BK: Tensor | None, kind: 
         raise ValueError(f"kind is {kind!r}; a vote is counted as one of {', '.join(VoteKind)}")
     if answer_BK.ndim != 2 or answer_BK.shape[1] == 0 or answer_BK.shape != score_BK.shape:
         raise ValueError(
-            f"answers {tuple(answer_BK.shape)} and scores {tuple(score_BK.shape)} must both be [B, K] with at least one voter"
+            f"answers {tuple(answer_BK.shape)} and scores {tuple(score_BK.shape)} must both be [B, K] with at "
+            "least one voter"
         )
     if answer_BK.is_floating_point() or answer_BK.dtype == torch.bool or not score_BK.is_floating_point():
         raise ValueError(f"answers must be integers and scores floats; found {answer_BK.dtype} and {score_BK.dtype}")
@@ -128,21 +132,24 @@ def _chunks(answer_KB: Tensor, score_KB: Tensor, weight_KB: Tensor) -> list[tupl
 def _totals(answer_KB: Tensor, weight_KB: Tensor) -> tuple[Tensor, Tensor]:
     """For each vote, the summed weight and the number of the votes for its answer."""
     total_KB = weight_KB.clone()
-    size_KB = (weight_KB > 0).to(weight_KB.dtype)
-    voted_KB = size_KB.clone()
+    voted_KB = (weight_KB > 0).to(weight_KB.dtype)
+    alike = torch.equal(voted_KB, weight_KB)  # every vote weighs 1: the sum is the number
+    size_KB = total_KB if alike else voted_KB.clone()
     K = len(answer_KB)
     for i in range(K):
         for j in range(i + 1, K):
             same_B = (answer_KB[i] == answer_KB[j]).to(weight_KB.dtype)
             total_KB[i].addcmul_(same_B, weight_KB[j])
             total_KB[j].addcmul_(same_B, weight_KB[i])
-            size_KB[i].addcmul_(same_B, voted_KB[j])
-            size_KB[j].addcmul_(same_B, voted_KB[i])
+            if not alike:
+                size_KB[i].addcmul_(same_B, voted_KB[j])
+                size_KB[j].addcmul_(same_B, voted_KB[i])
     return total_KB, size_KB
 
 
 def _leaders(total_KB: Tensor, voted_KB: Tensor) -> Tensor:
-    """The votes whose answer nobody beats. Sums of the same weights in another order differ by rounding: 1e-9 is a tie."""
+    """The votes whose answer nobody beats. Sums of the same weights in another order differ by rounding: 1e-9 is a
+    tie."""
     most_B = torch.where(voted_KB, total_KB, -1.0).amax(dim=0)
     return voted_KB & (total_KB >= most_B * (1 - 1e-9))
 
