@@ -24,8 +24,8 @@ CORPUS = (
 
 
 def tiny_tokenizer(chat_template: bool = False, *, bpe: bool = False, pad: bool = True) -> PreTrainedTokenizerFast:
-    """One token a character (printable ASCII and newline: 101 tokens, text round-trips), or with ``bpe`` a byte-level BPE
-    of at most 360 tokens that encodes any text. End token ``<eos>``, or ``<|im_end|>`` with a chat template."""
+    """One token a character (printable ASCII and newline: 101 tokens, text round-trips), or with ``bpe`` a byte-level
+    BPE of at most 360 tokens that encodes any text. End token ``<eos>``, or ``<|im_end|>`` with a chat template."""
     tokenizer = _byte_bpe() if bpe else _characters()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -63,8 +63,8 @@ def _byte_bpe() -> Tokenizer:
 
 
 def tiny_model(family: str = "qwen2", vocab: int = 101, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of ``family`` in fp32 and eval mode; ``overrides`` go to its config. Biases and norms are random too,
-    so that an engine which forgets one of them is caught. ``<eos>`` (id 1) is its end token."""
+    """A random model of ``family`` in fp32 and eval mode; ``overrides`` go to its config. Biases and norms are random
+    too, so that an engine which forgets one of them is caught. ``<eos>`` (id 1) is its end token."""
     if family == "gpt2":
         shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
     else:

@@ -24,7 +24,7 @@ from ccpo.errors import UserError
 from ccpo.tasks.procedural import ProceduralTask
 from ccpo.teams import Team
 
-VERSION = 1  # raise it when the same section would make another model
+VERSION = 3  # raise it when the same section would make another model
 PAD, EOS = "<pad>", "<eos>"
 CONTEXT = 512
 
@@ -164,7 +164,7 @@ class Lessons:
 
 
 def _imitate(model, pairs: Sequence[Pair]) -> Tensor:
-    """Cross-entropy of what was to be said, mean over its tokens."""
+    """Cross-entropy of what was to be said: the mean over rows of the mean over a row's tokens."""
     length = max(len(p) + len(t) for p, t in pairs)
     ids_BL = torch.zeros(len(pairs), length, dtype=torch.long)
     labels_BL = torch.full((len(pairs), length), -100)
@@ -173,6 +173,9 @@ def _imitate(model, pairs: Sequence[Pair]) -> Tensor:
         labels_BL[row, len(prompt) : len(prompt) + len(target)] = torch.tensor(target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits_BLV = model(input_ids=ids_BL).logits
-    return torch.nn.functional.cross_entropy(
-        logits_BLV[:, :-1].float().flatten(0, 1), labels_BL[:, 1:].flatten(), ignore_index=-100
-    )
+    target_BL = labels_BL[:, 1:]
+    loss_BL = torch.nn.functional.cross_entropy(
+        logits_BLV[:, :-1].float().flatten(0, 1), target_BL.flatten(), ignore_index=-100, reduction="none"
+    ).view_as(target_BL)
+    # rows weigh the same: a solver's single digit must not drown in a thinker's twenty tokens
+    return (loss_BL.sum(1) / (target_BL >= 0).sum(1)).mean()

@@ -11,14 +11,15 @@ from ccpo.errors import UserError, nearest
 from ccpo.types import Completion, Request
 
 KINDS = ("auto", "native", "transformers")
+COLDEST = 1e-4  # below it logits / temperature leave the range of floats
 
 
 class Engine(Protocol):
     """Samples completions from one policy.
 
-    ``generate`` answers in the order of the requests and samples each from its seed and prompt alone. ``refresh`` makes
-    the weights of the torch module it was made from count again, after an optimiser step. ``prefill_tokens`` and
-    ``decoded_tokens`` count, since the engine was made, the prompt tokens that were run and the tokens that were returned.
+    ``generate`` answers in the order of the requests and samples each from its seed and prompt alone. ``refresh`` reads
+    the weights of the torch module that the engine was made from again, after an optimiser step. ``prefill_tokens`` and
+    ``decoded_tokens`` count, since the engine was made, the prompt tokens that were run and the tokens returned.
     """
 
     prefill_tokens: int
@@ -41,7 +42,7 @@ def make_engine(
     """An engine over a live causal language model, or a PeftModel speaking with ``adapter`` (default: its active one).
 
     ``kind="auto"`` is the native decoder for the Qwen2, Qwen3 and Llama families and transformers' ``generate`` for all
-    else. ``dtype`` is what the engine computes in: by default the native decoder takes bfloat16 where the CPU or GPU has
+    else. ``dtype`` is what the engine computes in: by default the native decoder takes bfloat16 where the hardware has
     it, and transformers the model's own. ``max_batch_tokens`` bounds the cache: rows times (longest prompt + longest
     completion) of what is decoded together. Raises UserError for an unknown kind or adapter, and for ``kind="native"``
     with a model that the native decoder does not support.
@@ -52,6 +53,8 @@ def make_engine(
         raise UserError(f"engine kind {kind!r} is unknown; it is one of {', '.join(KINDS)}.{nearest(kind, KINDS)}")
     if max_batch_tokens < 1:
         raise UserError(f"max_batch_tokens is {max_batch_tokens}; it must be at least 1.")
+    if bare(model).config.is_encoder_decoder:
+        raise UserError("the model is an encoder-decoder; agents speak with causal (decoder-only) language models.")
     adapter = _adapter(model, adapter)
     reason = supports(model, adapter)
     if kind == "native" and reason is not None:
@@ -70,16 +73,23 @@ def _adapter(model: Any, adapter: str | None) -> str | None:
     known = list(getattr(model, "peft_config", None) or ())
     if not known:
         if adapter is not None:
-            raise UserError(f"adapter {adapter!r} was asked for, but the model has no adapters; wrap it with peft first.")
+            raise UserError(
+                f"adapter {adapter!r} was asked for, but the model has no adapters; wrap it with peft first."
+            )
         return None
     if adapter is None:
-        active = list(model.active_adapters() if callable(model.active_adapters) else model.active_adapters)
+        active = active_adapters(model)
         if len(active) != 1:
             raise UserError(f"the model has the active adapters {active}; name one of {known}.")
         return active[0]
     if adapter not in known:
         raise UserError(f"adapter {adapter!r} is unknown; the model has {known}.{nearest(adapter, known)}")
     return adapter
+
+
+def active_adapters(model: Any) -> list[str]:
+    """The adapters that a model speaks with now: a property of a PeftModel, a method of a transformers model."""
+    return list(model.active_adapters() if callable(model.active_adapters) else model.active_adapters)
 
 
 def bare(model: Any) -> Any:
@@ -98,11 +108,11 @@ def check_requests(requests: Sequence[Request], *, vocab: int, positions: int | 
             raise UserError(f"{at} has max_tokens {request.max_tokens}; it must be at least 1.")
         if positions is not None and len(request.prompt_ids) + request.max_tokens > positions:
             raise UserError(
-                f"{at} has a prompt of {len(request.prompt_ids)} tokens and asks for {request.max_tokens} more, but the "
-                f"model has {positions} positions; shorten the prompt (cut long messages) or lower max_tokens."
+                f"{at} has a prompt of {len(request.prompt_ids)} tokens and asks for {request.max_tokens} more, but "
+                f"the model has {positions} positions; shorten the prompt (cut long messages) or lower max_tokens."
             )
-        if not 0 <= request.temperature < float("inf"):
-            raise UserError(f"{at} has temperature {request.temperature}; it must be finite and not negative (0 is greedy).")
+        if request.temperature != 0 and not COLDEST <= request.temperature < float("inf"):
+            raise UserError(f"{at} has temperature {request.temperature}; it must be 0 (greedy) or at least {COLDEST}.")
         if not 0 < request.top_p <= 1:
             raise UserError(f"{at} has top_p {request.top_p}; it must lie in (0, 1], and 1 cuts nothing.")
         if request.top_k < 0:

@@ -6,6 +6,9 @@ import bisect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
+
+from ccpo.errors import RunFailure
 from ccpo.types import Completion, FinishReason, Request
 
 Decode = Callable[[Sequence[int]], str]
@@ -40,24 +43,33 @@ def contains(text: str, stop: Sequence[str]) -> bool:
 
 
 def complete(
+    requests: Sequence[Request], tokens_TB: Tensor, probs_TB: Tensor, ends: Sequence[int], decode: Decode
+) -> list[Completion]:
+    """The requests' completions, given at least as many sampled tokens as each has: what lies beyond an end is dropped.
+
+    Raises RunFailure where a probability is not a number: the model's weights are broken.
+    """
+    if bool(probs_TB.isnan().any()):
+        raise RunFailure("the model's logits are not finite, so nothing can be sampled; its weights have diverged.")
+    rows = zip(requests, tokens_TB.t().tolist(), probs_TB.log().t().tolist(), strict=True)
+    return [_complete(request, ids, logprobs, ends, decode) for request, ids, logprobs in rows]
+
+
+def _complete(
     request: Request, token_ids: list[int], logprobs: list[float], ends: Sequence[int], decode: Decode
 ) -> Completion:
-    """The completion of a request, given at least as many sampled tokens as it has: what lies beyond its end is dropped.
-
-    With a stop string, ``token_ids`` end with the token that completes it and ``text`` ends before it.
-    """
     token_ids = token_ids[: request.max_tokens]
-    size = min((token_ids.index(e) for e in ends if e in token_ids), default=len(token_ids))
-    finish = FinishReason.LENGTH if size == len(token_ids) else FinishReason.EOS
-    text = decode(token_ids[:size])
-    length = size + (finish is FinishReason.EOS)
-    if request.stop and contains(text, request.stop):
-        length = bisect.bisect_left(
-            range(size), True, key=lambda i: contains(decode(token_ids[: i + 1]), request.stop)
-        ) + 1  # fmt: skip
+    spoken = min((token_ids.index(end) for end in ends if end in token_ids), default=len(token_ids))
+    ended = spoken < len(token_ids)
+    length, finish = spoken + ended, FinishReason.EOS if ended else FinishReason.LENGTH
+    text = decode(token_ids[:spoken])
+    if contains(text, request.stop):
+        length = _first_stop(request.stop, token_ids[:spoken], decode)
         text = decode(token_ids[:length])
-        text = text[: min(text.index(s) for s in request.stop if s in text)]
-        finish = FinishReason.STOP
-    return Completion(
-        token_ids=tuple(token_ids[:length]), logprobs=tuple(logprobs[:length]), text=text, finish=finish
-    )  # fmt: skip
+        text, finish = text[: min(text.index(s) for s in request.stop if s in text)], FinishReason.STOP
+    return Completion(token_ids=tuple(token_ids[:length]), logprobs=tuple(logprobs[:length]), text=text, finish=finish)
+
+
+def _first_stop(stop: Sequence[str], token_ids: list[int], decode: Decode) -> int:
+    """How many tokens it takes until a stop string stands in the text: its last token is the last of the completion."""
+    return bisect.bisect_left(range(len(token_ids)), True, key=lambda n: contains(decode(token_ids[:n]), stop))

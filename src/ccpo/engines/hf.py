@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ccpo.engines.base import bare, batches, check_requests
+from ccpo.engines.base import active_adapters, bare, batches, check_requests
 from ccpo.engines.finish import complete, contains, decoder, end_ids, tail_length
 from ccpo.engines.sampling import Sampler
 from ccpo.errors import UserError
@@ -101,7 +101,9 @@ class TransformersEngine:
 
     def _run(self, requests: list[Request]) -> list[Completion]:
         width = max(len(r.prompt_ids) for r in requests)
-        ids_BL = torch.tensor([(0,) * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests], device=self._device)
+        ids_BL = torch.tensor(
+            [(0,) * (width - len(r.prompt_ids)) + r.prompt_ids for r in requests], device=self._device
+        )
         size_B = torch.tensor([len(r.prompt_ids) for r in requests], device=self._device)
         real_BL = torch.arange(width, device=self._device) >= (width - size_B)[:, None]
         force = _Force(Sampler.of(requests, self._device))
@@ -114,10 +116,8 @@ class TransformersEngine:
             logits_processor=LogitsProcessorList([force]),
             stopping_criteria=StoppingCriteriaList([_End(requests, self._ends_E, self._decode)]),
         )
-        tokens_BT = torch.stack(force.tokens, 1).tolist()
-        logprobs_BT = torch.stack(force.probs, 1).log().tolist()
-        rows = zip(requests, tokens_BT, logprobs_BT, strict=True)
-        done = [complete(request, ids, logprobs, self._ends, self._decode) for request, ids, logprobs in rows]
+        tokens_TB, probs_TB = torch.stack(force.tokens), torch.stack(force.probs)
+        done = complete(requests, tokens_TB, probs_TB, self._ends, self._decode)
         self.prefill_tokens += sum(len(r.prompt_ids) for r in requests)
         self.decoded_tokens += sum(len(c.token_ids) for c in done)
         return done
@@ -131,7 +131,7 @@ def _speaking(model: Any, adapter: str | None) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     defaults, plain.generation_config = plain.generation_config, GenerationConfig()
     trainable = [(p, p.requires_grad) for p in model.parameters()] if adapter is not None else []
-    active = list(model.active_adapters) if adapter is not None and not callable(model.active_adapters) else []
+    before = active_adapters(model) if adapter is not None else []
     try:
         model.eval()
         if adapter is not None:
@@ -141,7 +141,7 @@ def _speaking(model: Any, adapter: str | None) -> Iterator[None]:
         plain.generation_config = defaults
         for module in training:
             module.training = True
-        for name in active[:1]:
-            model.set_adapter(name)
+        if len(before) == 1:
+            model.set_adapter(before[0])
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)

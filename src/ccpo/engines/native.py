@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention, silu
 
 from ccpo.engines.base import batches, check_requests, distinct
 from ccpo.engines.finish import complete, contains, decoder, end_ids, tail_length
@@ -49,9 +49,9 @@ class Batch:
 
     def widen(self, columns: int) -> None:
         """Room for this many more tokens."""
-        self.mask = F.pad(self.mask, (0, columns))
+        self.mask = pad(self.mask, (0, columns))
         for index, cache in enumerate(self.caches):
-            self.caches[index] = F.pad(cache, (0, 0, 0, columns))
+            self.caches[index] = pad(cache, (0, 0, 0, columns))
 
 
 class NativeEngine:
@@ -114,7 +114,9 @@ class NativeEngine:
                     batch.select(alive)
                     token_B, rows, sampler = token_B[alive], rows[alive], sampler.select(alive)
             self._step(batch, token_B, batch.mask.shape[-1] - steps + step)
-        return self._complete(requests, tokens_TB, probs_TB)
+        done = complete(requests, tokens_TB, probs_TB, self._ends, self._decode)
+        self.decoded_tokens += sum(len(c.token_ids) for c in done)
+        return done
 
     def _find_stops(self, requests: list[Request], tokens_TB: Tensor, rows: Tensor, ended_B: Tensor) -> None:
         """Marks the rows in whose latest text a stop string stands. `complete` then finds the exact place."""
@@ -124,12 +126,6 @@ class NativeEngine:
             stop = requests[row].stop
             if stop and contains(self._decode(tokens_TB[-tail_length(stop, CHECK) :, row].tolist()), stop):
                 ended_B[row] = True
-
-    def _complete(self, requests: list[Request], tokens_TB: Tensor, probs_TB: Tensor) -> list[Completion]:
-        rows = zip(requests, tokens_TB.t().tolist(), probs_TB.log().t().tolist(), strict=True)
-        done = [complete(request, ids, logprobs, self._ends, self._decode) for request, ids, logprobs in rows]
-        self.decoded_tokens += sum(len(c.token_ids) for c in done)
-        return done
 
     def _begin(self, requests: list[Request], steps: int) -> Batch:
         """Prefills the distinct prompts and deals their caches out to the requests' rows."""
@@ -189,7 +185,7 @@ class NativeEngine:
                 hidden = hidden[real_BL[:, columns].sum(-1).cumsum(0) - 1]
                 query, allowed, packed = query[:, :, -1:], allowed[:, :, -1:], slice(None)
             key, value = cache[:, :, :, : columns.stop]
-            mixed = F.scaled_dot_product_attention(
+            mixed = scaled_dot_product_attention(
                 query, key, value, attn_mask=allowed, scale=w.scale, enable_gqa=w.heads != w.kv_heads
             )
             hidden = self._absorb(layer, hidden, mixed.transpose(1, 2).flatten(2).flatten(0, 1)[packed])
@@ -215,11 +211,11 @@ class NativeEngine:
     def _project(self, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Normalised, rotated queries and keys, and values: ``[tokens, heads + 2 kv_heads, head_dim]``."""
         w = self.weights
-        normed = F.rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, w.eps)
-        qkv = F.linear(normed, layer.qkv, layer.qkv_bias).to(w.attention_dtype).unflatten(-1, (-1, w.head_dim))
+        normed = rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, w.eps)
+        qkv = linear(normed, layer.qkv, layer.qkv_bias).to(w.attention_dtype).unflatten(-1, (-1, w.head_dim))
         turning = qkv[:, : w.heads + w.kv_heads]
         if layer.qk_norm is not None:
-            turning.copy_(F.rms_norm(turning, turning.shape[-1:], None, w.eps)).mul_(layer.qk_norm)
+            turning.copy_(rms_norm(turning, turning.shape[-1:], None, w.eps)).mul_(layer.qk_norm)
         left, right = turning.chunk(2, -1)
         swapped = torch.cat((right, left), -1)
         turning.mul_(cos).addcmul_(swapped, sin)
@@ -230,13 +226,13 @@ class NativeEngine:
         hidden = torch.addmm(hidden, mixed.to(self.dtype), layer.out.t())
         if layer.out_bias is not None:
             hidden += layer.out_bias
-        normed = F.rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, self.weights.eps)
-        gate, up = F.linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-        hidden.addmm_(F.silu(gate).mul_(up), layer.down.t())
+        normed = rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, self.weights.eps)
+        gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
+        hidden.addmm_(silu(gate).mul_(up), layer.down.t())
         if layer.down_bias is not None:
             hidden += layer.down_bias
         return hidden
 
     def _logits(self, hidden_BH: Tensor) -> Tensor:
         w = self.weights
-        return F.linear(F.rms_norm(hidden_BH, hidden_BH.shape[-1:], w.norm, w.eps), w.head)
+        return linear(rms_norm(hidden_BH, hidden_BH.shape[-1:], w.norm, w.eps), w.head)

@@ -1,7 +1,7 @@
-"""Draws tokens from logits. The noise is a function of (seed, position) alone, so what is batched together cannot matter.
+"""Draws tokens from logits. The noise is a function of (seed, position) alone: what is batched together cannot matter.
 
-Every row is sampled by inverting its cumulative distribution in vocabulary order, whatever is cut from it; a row without
-top-k or top-p thus gets the same token beside rows that have them.
+Every row is sampled by inverting its cumulative distribution in vocabulary order, whatever is cut from it; a row
+without top-k or top-p thus gets the same token beside rows that have them.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def _mix(bits: Tensor) -> Tensor:
 def uniform(seed_B: Tensor, position: Tensor | int) -> Tensor:
     """Uniform noise in (0, 1), float64, one number for each seed and position (they broadcast).
 
-    ``u = (top 48 bits of mix(mix(seed) + gamma * (position + 1)) + 1/2) / 2^48`` with splitmix64's ``mix`` and ``gamma``
-    (Steele, Lea & Flood 2014), all modulo 2^64. 48 bits, so that ``u * total < total`` for any float64 total. Raises
-    ValueError if the seeds are not int64.
+    ``u = (top 48 bits of mix(mix(seed + gamma) + gamma * (position + 1)) + 1/2) / 2^48``, with ``mix`` and ``gamma`` of
+    splitmix64 (Steele, Lea & Flood 2014), modulo 2^64. 48 bits, so that ``u * total < total`` for any float64 total.
+    Raises ValueError if the seeds are not int64.
     """
     if seed_B.dtype != torch.int64:
         raise ValueError(f"seeds must be int64, not {seed_B.dtype}")
@@ -49,11 +49,11 @@ def uniform(seed_B: Tensor, position: Tensor | int) -> Tensor:
 
 
 def inverse_cdf(prob_BV: Tensor, u_B: Tensor) -> Tensor:
-    """The first token whose cumulative weight exceeds ``u * total``: ``[B]`` indices. Rows need not sum to 1; a token of
-    weight 0 is never drawn."""
+    """The first token whose cumulative weight exceeds ``u * total``: ``[B]`` indices. Rows need not sum to 1; a token
+    of weight 0 is never drawn. A row with a NaN gets the last token, whose probability tells."""
     cumulative_BV = prob_BV.cumsum(-1, dtype=torch.float64)
     target_B1 = u_B.double()[:, None] * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0]
+    return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=prob_BV.shape[-1] - 1)
 
 
 def cut(prob_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
@@ -62,28 +62,26 @@ def cut(prob_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
     Top-k keeps the k most probable tokens (0: all). Top-p keeps the smallest set of most probable tokens whose mass
     reaches ``top_p`` (Holtzman et al. 2020), at least one. Tokens as probable as the last one kept are kept with it.
     """
-    head = min(prob_BV.shape[-1], max(_HEAD, int(top_k_B.max())))
-    edge_B, decided = _edges(prob_BV, prob_BV.topk(head).values, top_k_B, top_p_B)
+    head = min(prob_BV.shape[-1], max(_HEAD, int(top_k_B.max()) + 1))
+    edge_B1, decided = _edges(prob_BV, prob_BV.topk(head).values, top_k_B, top_p_B)
     if not decided:
-        edge_B, _ = _edges(prob_BV, prob_BV.sort(descending=True).values, top_k_B, top_p_B)
-    return prob_BV * (prob_BV >= edge_B[:, None])
+        edge_B1, _ = _edges(prob_BV, prob_BV.sort(descending=True).values, top_k_B, top_p_B)
+    return prob_BV * (prob_BV >= edge_B1)
 
 
 def _edges(prob_BV: Tensor, sorted_BH: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> tuple[Tensor, bool]:
     """Each row's smallest kept probability, and whether the sorted head was long enough to tell."""
     head = sorted_BH.shape[-1]
-    last_B1 = torch.where(top_k_B > 0, top_k_B.clamp(max=head), head)[:, None] - 1
-    kept_BH = sorted_BH.double() * (sorted_BH >= sorted_BH.gather(1, last_B1))
-    limited_B = top_k_B > 0
-    total_B = torch.where(limited_B, kept_BH.sum(-1), prob_BV.sum(-1, dtype=torch.float64))
-    cumulative_BH = kept_BH.cumsum(-1)
+    last_B1 = top_k_B.clamp(1, head)[:, None] - 1
+    least_B1 = torch.where(top_k_B[:, None] > 0, sorted_BH.gather(1, last_B1), 0)  # what top-k alone keeps
+    total_B1 = (prob_BV * (prob_BV >= least_B1)).sum(-1, keepdim=True, dtype=torch.float64)
+    kept_BH = sorted_BH.double() * (sorted_BH >= least_B1)
     # The mass before a token decides, so the first token is always in and the one that reaches top_p is the last in.
-    inside_BH = (cumulative_BH - kept_BH < top_p_B[:, None].double() * total_B[:, None]) & (kept_BH > 0)
-    count_B = inside_BH.sum(-1)
-    edge_B = sorted_BH.gather(1, (count_B - 1)[:, None])[:, 0]
-    edge_B = torch.where(~limited_B & (top_p_B >= 1), 0, edge_B)
-    decided_B = limited_B | (top_p_B >= 1) | (count_B < head)
-    return edge_B, head == prob_BV.shape[-1] or bool(decided_B.all())
+    before_BH = kept_BH.cumsum(-1) - kept_BH
+    count_B1 = ((before_BH < top_p_B[:, None].double() * total_B1) & (kept_BH > 0)).sum(-1, keepdim=True)
+    whole_B1 = top_p_B[:, None] >= 1
+    edge_B1 = torch.where(whole_B1, least_B1, sorted_BH.gather(1, (count_B1 - 1).clamp(min=0)))
+    return edge_B1, head == prob_BV.shape[-1] or bool((whole_B1 | (count_B1 < head)).all())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

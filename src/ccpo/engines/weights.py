@@ -16,8 +16,6 @@ from ccpo.engines.base import bare
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 def supports(model: Any, adapter: str | None = None) -> str | None:
@@ -49,8 +47,8 @@ def _unfit_parameters(model: Any, adapter: str | None) -> str | None:
     plan = model.peft_config[adapter]
     if str(getattr(plan.peft_type, "value", plan.peft_type)) != "LORA":
         return f"its adapter {adapter!r} is not a LoRA"
-    if plan.use_dora or plan.lora_bias or plan.bias != "none":
-        return f"its adapter {adapter!r} uses DoRA or a LoRA bias"
+    if plan.lora_bias or plan.bias != "none" or any(adapter in getattr(m, "lora_variant", {}) for m in model.modules()):
+        return f"its adapter {adapter!r} is a variant of LoRA (DoRA and the like) or has a bias"
     if plan.trainable_token_indices or plan.target_parameters:
         return f"its adapter {adapter!r} adapts single tokens or bare parameters"
     return None
@@ -70,7 +68,7 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(slots=True, kw_only=True)
 class Layer:
-    """One block. Matrices are ``[out, in]`` as in `torch.nn.Linear`; ``qk_norm`` is ``[heads + kv_heads, head_dim]``."""
+    """One block. Matrices are ``[out, in]`` as in `torch.nn.Linear`; ``qk_norm``: ``[heads + kv_heads, head_dim]``."""
 
     attention_norm: Tensor
     qkv: Tensor
@@ -217,13 +215,13 @@ def _stack(into: Tensor, bias: Tensor | None, modules: tuple[Any, ...], adapter:
 
 def _weight(module: Any, adapter: str | None) -> Tensor:
     """The weight that the module applies when ``adapter`` speaks: fully trained copies and LoRA updates included."""
-    copies = getattr(module, "modules_to_save", None)
-    if copies is not None:
-        module = copies[adapter] if adapter in copies else module.original_module
+    if adapter in getattr(module, "modules_to_save", ()):
+        module = module.modules_to_save[adapter]
+    elif hasattr(module, "original_module"):
+        module = module.original_module
     weight = module.weight.detach()
-    if adapter is not None and adapter in getattr(module, "lora_A", {}) or adapter in getattr(module, "lora_embedding_A", {}):
-        return weight + module.get_delta_weight(adapter)
-    return weight
+    updated = adapter in getattr(module, "lora_A", {}) or adapter in getattr(module, "lora_embedding_A", {})
+    return weight + module.get_delta_weight(adapter) if updated and not module.merged else weight
 
 
 def _tied(source: Any, adapter: str | None) -> bool:

@@ -17,7 +17,9 @@ Pair = tuple[Problem, str]
 
 @runtime_checkable
 class Task(Protocol):
-    """Problems and their verifier. ``task[i]`` is the same problem whenever it is asked for; verdicts come in the pairs' order."""
+    """Problems and their verifier. ``task[i]`` is the same problem whenever it is asked for; verdicts come in the
+    pairs' order.
+    """
 
     @property
     def name(self) -> str: ...
@@ -38,7 +40,9 @@ class Verifier(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ListTask:
-    """Problems in a list and one verifier for all of them. ``skipped_rows`` counts the broken rows that were left out."""
+    """Problems in a list and one verifier for all of them. ``skipped_rows`` counts the broken rows that were left
+    out.
+    """
 
     name: str
     problems: Sequence[Problem]
@@ -64,8 +68,9 @@ class ListTask:
 def verify_all(verifier: Verifier, pairs: Sequence[Pair]) -> list[Verdict]:
     """Verdicts in the pairs' order; the same text on the same problem is judged once.
 
-    A verifier of the user's own that raises gives ``VerdictStatus.ERROR`` and score 0, with a warning: one odd text must not end a run.
-    Raises UserError where a verifier returns something other than a Verdict with a score in [0, 1].
+    A verifier of the user's own that raises gives ``VerdictStatus.ERROR`` and score 0, with a warning: one odd text
+    must not end a run. Raises UserError where a verifier returns something other than a Verdict with a score in [0,
+    1].
     """
     distinct: dict[tuple[str, str, str], Pair] = {}
     keys = []
@@ -80,7 +85,9 @@ def verify_all(verifier: Verifier, pairs: Sequence[Pair]) -> list[Verdict]:
 
 
 def limited(task: Task, seconds: float) -> Task:
-    """The task with ``seconds`` as the time limit of one verdict, where it or its verifier has one; else the task itself."""
+    """The task with ``seconds`` as the time limit of one verdict, where it or its verifier has one; else the task
+    itself.
+    """
     if _has_field(task, "seconds"):
         return dataclasses.replace(task, seconds=seconds)
     if _has_field(task, "verifier") and _has_field(task.verifier, "seconds"):
@@ -99,7 +106,10 @@ def _one_by_one(verifier: Verifier) -> Callable[[Sequence[Pair]], list[Verdict]]
             try:
                 verdicts.append(verifier(problem, text))
             except Exception as error:
-                warnings.warn(f"the verifier {_called(verifier)} raised {type(error).__name__} on problem {problem.id!r}: {error}", stacklevel=2)
+                warnings.warn(
+                    f"the verifier {_called(verifier)} raised {type(error).__name__} on problem {problem.id!r}: {error}",
+                    stacklevel=2,
+                )
                 verdicts.append(Verdict(score=0.0, answer=None, status=VerdictStatus.ERROR))
         return verdicts
 

@@ -84,13 +84,17 @@ def same(text: str) -> str:
 
 
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|rm)\s?\{([^{}]{0,200})\}")
-_DROPPED = re.compile(r"\\(?:left|right|displaystyle|,|;|!|:| |quad|qquad)(?![a-zA-Z])|\$|~|\^\{?\\circ\}?|\\\(|\\\)|\\\[|\\\]")
+_DROPPED = re.compile(
+    r"\\(?:left|right|displaystyle|,|;|!|:| |quad|qquad)(?![a-zA-Z])|\$|~|\^\{?\\circ\}?|\\\(|\\\)|\\\[|\\\]"
+)
 _SPACE = re.compile(r"(?<![^\W_])\s+|\s+(?![^\W_])")  # not between two letters or digits: "1 1/2" is not 11/2
 _ONE_IN_BRACES = re.compile(r"([_^])\{(\w)\}")
 
 
 def bare_latex(text: str) -> str:
-    r"""A LaTeX answer without what only sets the type: ``$``, ``\left``, thin spaces, ``\text{}``, white space, a final stop."""
+    r"""A LaTeX answer without what only sets the type: ``$``, ``\left``, thin spaces, ``\text{}``, white space, a
+    final stop.
+    """
     text = text.strip().replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\$", "").replace("\\%", "%")
     text = _DROPPED.sub("", _WRAPPED.sub(r"\1", text))
     text = _ONE_IN_BRACES.sub(r"\1\2", _SPACE.sub("", text)).rstrip(".")
@@ -103,8 +107,10 @@ _RATIO = re.compile(r"([+-]?)(?:\\frac(?:\{(-?\d{1,60})\}\{(-?\d{1,60})\}|(\d)(\
 
 
 def number(text: str) -> tuple[Fraction, bool] | None:
-    r"""The exact value of a decimal or a ratio of integers (``1,000``, ``.5``, ``-\frac{1}{2}``, ``1/2``) in the form of
-    :func:`bare_latex`, and whether it was written as a decimal; None for anything else, a zero denominator included."""
+    r"""The exact value of a decimal or a ratio of integers (``1,000``, ``.5``, ``-\frac{1}{2}``, ``1/2``) in the
+    form of :func:`bare_latex`, and whether it was written as a decimal; None for anything else, a zero denominator
+    included.
+    """
     if (match := _NUMBER.fullmatch(text)) and match.group(2):
         digits = match.group(2).replace(",", "")
         value = Fraction(digits + "0" if digits.endswith(".") else digits)

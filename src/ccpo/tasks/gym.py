@@ -20,11 +20,12 @@ MAKE_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class GymTask:
-    """``size`` problems of reasoning-gym's ``dataset``; ``config`` holds the data set's own options. Another ``seed`` is another stream,
-    so that a held-out set is the same task with another seed.
+    """``size`` problems of reasoning-gym's ``dataset``; ``config`` holds the data set's own options. Another
+    ``seed`` is another stream, so that a held-out set is the same task with another seed.
 
-    Problems are made one by one when they are asked for, in the sandbox where they are scored, since some scorers evaluate what they are
-    given. Raises UserError if reasoning-gym is not installed, for an unknown data set, and for options that it refuses.
+    Problems are made one by one when they are asked for, in the sandbox where they are scored, since some scorers
+    evaluate what they are given. Raises UserError if reasoning-gym is not installed, for an unknown data set, and
+    for options that it refuses.
     """
 
     dataset: str
@@ -38,14 +39,21 @@ class GymTask:
             raise UserError(f"task.size is {self.size}; a task needs at least one problem")
         names = gym_names()
         if self.dataset not in names:
-            raise UserError(f"reasoning-gym has no data set {self.dataset!r}; it has {', '.join(names)}." + nearest(self.dataset, names))
+            raise UserError(
+                f"reasoning-gym has no data set {self.dataset!r}; it has {', '.join(names)}."
+                + nearest(self.dataset, names)
+            )
         try:
             json.dumps(self.config, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise UserError(f"task.config of {self.dataset!r} must be plain numbers, strings, lists and mappings: {error}") from None
+            raise UserError(
+                f"task.config of {self.dataset!r} must be plain numbers, strings, lists and mappings: {error}"
+            ) from None
         checked = self._ask("check")
         if checked.status is not VerdictStatus.OK:
-            raise UserError(f"reasoning-gym's {self.dataset!r} refuses size {self.size} with {self.config or 'no options'}: {checked.detail}")
+            raise UserError(
+                f"reasoning-gym's {self.dataset!r} refuses size {self.size} with {self.config or 'no options'}: {checked.detail}"
+            )
 
     @property
     def name(self) -> str:
@@ -59,7 +67,9 @@ class GymTask:
             raise IndexError(index)
         made = self._ask("make", index=index)
         if made.status is not VerdictStatus.OK:
-            raise RunFailure(f"reasoning-gym's {self.dataset!r} could not make problem {index} of seed {self.seed}: {made.detail}")
+            raise RunFailure(
+                f"reasoning-gym's {self.dataset!r} could not make problem {index} of seed {self.seed}: {made.detail}"
+            )
         return Problem(
             id=f"{self.dataset}-{self.seed}-{index}",
             text=made.value["question"],
@@ -80,7 +90,9 @@ class GymTask:
 
 @dataclass(frozen=True, kw_only=True)
 class GymVerifier:
-    r"""reasoning-gym's own score of the last ``<answer>``, else ``\boxed{}``, else line after a marker, else the whole text."""
+    r"""reasoning-gym's own score of the last ``<answer>``, else ``\boxed{}``, else line after a marker, else the
+    whole text.
+    """
 
     seconds: float = 5.0
 
@@ -90,7 +102,9 @@ class GymVerifier:
     def verify_many(self, pairs: Sequence[Pair]) -> list[Verdict]:
         answers = [gym_answer(text) for _, text in pairs]
         items = [
-            {"do": "score", **problem.meta, "answer": answer} for (problem, _), answer in zip(pairs, answers, strict=True) if answer is not None
+            {"do": "score", **problem.meta, "answer": answer}
+            for (problem, _), answer in zip(pairs, answers, strict=True)
+            if answer is not None
         ]
         outcomes = iter(run_shared("gym", items, self.seconds) if items else [])
         return [_ABSTAINED if answer is None else _verdict(next(outcomes), answer) for answer in answers]

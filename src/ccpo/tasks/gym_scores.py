@@ -1,7 +1,9 @@
-"""Makes and scores reasoning-gym problems. Runs inside the sandbox: some scorers evaluate the text that they are given.
+"""Makes and scores reasoning-gym problems. Runs inside the sandbox: some scorers evaluate the text that they are
+given.
 
-The scorers' ``eval`` is replaced by one that reads literals, and sympy's ``parse_expr``, which evaluates too, by one that takes numbers, operators
-and names of mathematics alone; what they refuse scores as any unreadable answer does. Needs reasoning-gym.
+The scorers' ``eval`` is replaced by one that reads literals, and sympy's ``parse_expr``, which evaluates too, by
+one that takes numbers, operators and names of mathematics alone; what they refuse scores as any unreadable answer
+does. Needs reasoning-gym.
 """
 
 from __future__ import annotations
@@ -15,17 +17,17 @@ from typing import Any
 
 import reasoning_gym
 import sympy
-import sympy.parsing.sympy_parser as sympy_parser
+import sympy.physics.units  # simplify() loads it when it first needs it, too late for the fork
 from reasoning_gym.composite import DatasetSpec
 from reasoning_gym.factory import DATASETS
 
 LONGEST = 20_000
-_OWN_EVAL = re.compile(r"basic_arithmetic|bitwise_arithmetic|gsm_symbolic")  # these evaluate expressions that they have made themselves
+_OWN_EVAL = re.compile(
+    r"basic_arithmetic|bitwise_arithmetic|gsm_symbolic"
+)  # these evaluate expressions that they have made themselves
 _EXPRESSION = re.compile(r"(?:[\s\d+\-*/^(),=!]|\d\.\d*|\.\d|[A-Za-z]\w*)*")
-_NAMES = {
-    *("sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log ln sqrt Abs pi E I C Rational Integer Float factorial".split()),
-}
-_evaluate = sympy_parser.parse_expr
+_NAMES = frozenset("sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log ln sqrt Abs pi Integral".split())
+_evaluate = sympy.parse_expr
 
 
 def answer(item: dict[str, Any]) -> Any:
@@ -48,7 +50,9 @@ def answer(item: dict[str, Any]) -> Any:
 def _dataset(name: str, seed: int, size: int, config: tuple) -> Any:
     settings = _thawed(config)
     if name == "composite":
-        settings["datasets"] = [DatasetSpec(**{"weight": 1.0, "config": {}, **part}) for part in settings.get("datasets", [])]
+        settings["datasets"] = [
+            DatasetSpec(**{"weight": 1.0, "config": {}, **part}) for part in settings.get("datasets", [])
+        ]
     return reasoning_gym.create_dataset(name, seed=seed, size=size, **settings)
 
 
@@ -71,7 +75,9 @@ def _thawed(value: Any) -> Any:
 
 
 def _read_expression(text: str, *args: Any, **kwargs: Any) -> Any:
-    """sympy's ``parse_expr`` for arithmetic only: no strings, no attributes, no names but those of mathematics and single letters."""
+    """sympy's ``parse_expr`` for arithmetic only: no strings, no attributes, no names but those of mathematics and
+    single letters.
+    """
     names = set(re.findall(r"[A-Za-z_]\w*", text)) if isinstance(text, str) else {"?"}
     if not all(len(name) == 1 or name in _NAMES for name in names) or not _EXPRESSION.fullmatch(text):
         raise SyntaxError("not an arithmetic expression")
@@ -85,7 +91,7 @@ def _disarm() -> None:
                 module.eval = ast.literal_eval
             if getattr(module, "parse_expr", None) is _evaluate:
                 module.parse_expr = _read_expression
-    sympy.parse_expr = sympy_parser.parse_expr = _read_expression
+    sympy.parse_expr = _read_expression  # not the parser module's own, which sympy itself calls
 
 
 _disarm()

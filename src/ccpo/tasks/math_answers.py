@@ -1,8 +1,9 @@
 r"""Are two mathematical answers the same, and under which name is an answer counted?
 
-Runs inside the sandbox: parsing and simplifying a text that a model wrote may take for ever. Needs sympy and math-verify.
-The name of an answer (its *key*) is a string that is equal for equal answers: the exact value of a rational, 15 significant
-digits of any other number, the expanded or cancelled form of an expression, the keys of the members of a set, tuple or interval.
+Runs inside the sandbox: parsing and simplifying a text that a model wrote may take for ever. Needs sympy and
+math-verify. The name of an answer (its *key*) is a string that is equal for equal answers: the exact value of a
+rational, 15 significant digits of any other number, the expanded or cancelled form of an expression, the keys of
+the members of a set, tuple or interval.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from math_verify import LatexExtractionConfig, parse, verify
 from ccpo.tasks.extract import bare_latex, equal_numbers, number
 
 _LATEX = (LatexExtractionConfig(boxed_match_priority=0),)
-_TEXT_ONLY = re.compile(r"\d\s*:\s*\d|\w_\{?\d+\}?$")  # ratios, times and bases: the parser would read 3:1 as 3 and 11_5 as 11
+_TEXT_ONLY = re.compile(
+    r"\d\s*:\s*\d|\w_\{?\d+\}?$"
+)  # ratios, times and bases: the parser would read 3:1 as 3 and 11_5 as 11
 _LARGE_POWER = 5_000
 _LARGE_POWER_OF_SUM = 50
 _LARGE_EXPRESSION = 60
 
 
 def judge_math(reference: str, answer: str) -> tuple[float, str | None]:
-    """The score of ``answer`` and its key (that of the reference where it is right; None where it has no value, like 0/0)."""
+    """The score of ``answer`` and its key (that of the reference where it is right; None where it has no value,
+    like 0/0).
+    """
     wanted, given = bare_latex(reference), bare_latex(answer)
     wanted_key = key_of(reference)
     if wanted == given:
@@ -75,7 +80,9 @@ _DIGITS = re.compile(r"\d+")
 
 
 def _is_bomb(text: str) -> bool:
-    """Powers of powers of numbers, exponents over 5,000, factorials of large numbers: more arithmetic than an answer can need."""
+    """Powers of powers of numbers, exponents over 5,000, factorials of large numbers: more arithmetic than an
+    answer can need.
+    """
     if len(re.findall(r"\^|\*\*", text)) > 40 or text.count("!") > 8 or re.search(r"\d{4,}[})]*!|[)}!]!", text):
         return True
     if re.search(r"(?:\^|\*\*)[{(]*\d+[})]*(?:\^|\*\*|!)", text):
@@ -87,7 +94,9 @@ def _is_bomb(text: str) -> bool:
 def _explodes(value: Any) -> bool:
     """A high power of a sum would be multiplied out: (x+1)^4999."""
     powers = value.atoms(sympy.Pow)
-    return any(p.base.is_Add and p.free_symbols and p.exp.is_Integer and abs(p.exp) > _LARGE_POWER_OF_SUM for p in powers)
+    return any(
+        p.base.is_Add and p.free_symbols and p.exp.is_Integer and abs(p.exp) > _LARGE_POWER_OF_SUM for p in powers
+    )
 
 
 def _key(value: Any) -> str:
@@ -96,7 +105,11 @@ def _key(value: Any) -> str:
     if isinstance(value, sympy.FiniteSet):
         return "{" + ", ".join(sorted(_key(member) for member in value.args)) + "}"
     if isinstance(value, sympy.Interval):
-        return ("(" if value.left_open else "[") + f"{_key(value.start)}, {_key(value.end)}" + (")" if value.right_open else "]")
+        return (
+            ("(" if value.left_open else "[")
+            + f"{_key(value.start)}, {_key(value.end)}"
+            + (")" if value.right_open else "]")
+        )
     if isinstance(value, sympy.Tuple):
         return "(" + ", ".join(_key(member) for member in value) + ")"
     if isinstance(value, sympy.Union):
@@ -111,10 +124,14 @@ def _key(value: Any) -> str:
 def _expression_key(value: sympy.Expr) -> str:
     percent = sympy.UnevaluatedExpr(sympy.Rational(1, 100))
     if value.is_Mul and percent in value.args:
-        value = value.func(*(arg for arg in value.args if arg != percent))  # 9% is counted with 9, as math-verify compares them
+        value = value.func(
+            *(arg for arg in value.args if arg != percent)
+        )  # 9% is counted with 9, as math-verify compares them
     if value.is_number:
         return _number_key(value)
-    if value.count_ops() > _LARGE_EXPRESSION or any(abs(p.exp) > 12 for p in value.atoms(sympy.Pow) if p.exp.is_Integer):
+    if value.count_ops() > _LARGE_EXPRESSION or any(
+        abs(p.exp) > 12 for p in value.atoms(sympy.Pow) if p.exp.is_Integer
+    ):
         return str(value)
     value = value.doit()
     return str(sympy.cancel(value) if value.is_rational_function() else sympy.expand(value))

@@ -1,7 +1,7 @@
 """A process of its own for work on untrusted text, with a time limit for each item.
 
-What hangs is killed and reported as ``TIMEOUT``; what eats the memory or crashes is ``ERROR``; the next item is served as if nothing had
-happened. POSIX only. The process ends when this one does, even when this one is killed.
+What hangs is killed and reported as ``TIMEOUT``; what eats the memory or crashes is ``ERROR``; the next item is
+served as if nothing had happened. POSIX only. The process ends when this one does, even when this one is killed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ class _Silent(Exception):
 
 
 class Sandbox:
-    """Runs items of one ``kind`` ("math" or "gym") in a subprocess that is started on first use. May be shared by threads."""
+    """Runs items of one ``kind`` ("math" or "gym") in a subprocess that is started on first use. May be shared by
+    threads.
+    """
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -83,7 +85,9 @@ class Sandbox:
                     break
         except (_Silent, OSError, ValueError) as error:
             self._end()
-            outcomes.append(Outcome(status=VerdictStatus.TIMEOUT, detail=f"the {self.kind} process fell silent: {error}"))
+            outcomes.append(
+                Outcome(status=VerdictStatus.TIMEOUT, detail=f"the {self.kind} process fell silent: {error}")
+            )
         return outcomes
 
     def _start(self) -> None:
@@ -107,7 +111,9 @@ class Sandbox:
             self._process.kill()
             said = self._process.stderr.read().decode("utf-8", "replace").strip()
             self._end()
-            raise RunFailure(f"the process that judges {self.kind} answers did not start: {said.splitlines()[-1:] or 'no message'}") from None
+            raise RunFailure(
+                f"the process that judges {self.kind} answers did not start: {said.splitlines()[-1:] or 'no message'}"
+            ) from None
         self._process.stderr.close()  # its stderr goes nowhere from here on
 
     def _end(self) -> None:

@@ -1,8 +1,10 @@
-"""The process in which answers are judged that may hang, eat memory or crash the interpreter. Run as a script by :mod:`ccpo.tasks.sandbox`.
+"""The process in which answers are judged that may hang, eat memory or crash the interpreter. Run as a script by
+:mod:`ccpo.tasks.sandbox`.
 
-A parent process that has imported what is needed forks a child, which serves; when the child dies, the parent says so in its place and
-forks another in milliseconds. Requests are JSON lines ``[seconds, [item, ...]]``, replies one JSON line per item, in order. Each item
-runs under an alarm that kills the child whatever it is doing. Both processes end when their input is closed, however that came about.
+A parent process that has imported what is needed forks a child, which serves; when the child dies, the parent says
+so in its place and forks another in milliseconds. Requests are JSON lines ``[seconds, [item, ...]]``, replies one
+JSON line per item, in order. Each item runs under an alarm that kills the child whatever it is doing. Both
+processes end when their input is closed, however that came about.
 """
 
 from __future__ import annotations
@@ -25,9 +27,9 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
-    os.dup2(quiet, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answer = _load(kind)
+    os.dup2(quiet, 2)  # from here on nobody reads what is written there
     replies.write(b'"ready"\n')
     while True:
         child = os.fork()
@@ -55,7 +57,7 @@ def _load(kind: str):
     if kind == "math":
         from ccpo.tasks.math_answers import judge_math
 
-        judge_math("1", "2+x")  # builds the grammar's tables before the first fork
+        judge_math("x+1", "2+y")  # builds the grammar's tables, and all that simplify() imports, before the first fork
         return lambda item: judge_math(item["reference"], item["answer"])
     if kind == "gym":
         from ccpo.tasks.gym_scores import answer
@@ -75,7 +77,20 @@ def _limit() -> None:
     sys.addaudithook(_refuse)
 
 
-_FORBIDDEN = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "winreg.", "webbrowser.", "ftplib.", "smtplib.", "urllib.", "http.")
+_FORBIDDEN = (
+    "os.",
+    "subprocess.",
+    "socket.",
+    "shutil.",
+    "ctypes.",
+    "pty.",
+    "winreg.",
+    "webbrowser.",
+    "ftplib.",
+    "smtplib.",
+    "urllib.",
+    "http.",
+)
 _HARMLESS = ("os.listdir", "os.scandir", "os.putenv", "os.unsetenv")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -104,7 +119,9 @@ def _reply(answer, item) -> bytes:
         text = json.dumps({"ok": answer(item)}, allow_nan=False)
         if len(text) > LONGEST_REPLY:
             raise ValueError("the reply is too long")
-    except BaseException as error:  # SystemExit and RecursionError included: whatever a text brings about is its verdict
+    except (
+        BaseException
+    ) as error:  # SystemExit and RecursionError included: whatever a text brings about is its verdict
         text = json.dumps({"error": type(error).__name__, "message": str(error)[:500]})
     return text.encode() + b"\n"
 

@@ -1,7 +1,7 @@
 r"""Reads an answer in a text and compares it with the reference: exact, multiple choice, mathematics.
 
-Every verifier reads the last :data:`~ccpo.tasks.extract.TAIL` characters only, gives an abstention (``answer=None``, score 0) where it finds
-no answer, and never raises, whatever the text.
+Every verifier reads the last :data:`~ccpo.tasks.extract.TAIL` characters only, gives an abstention
+(``answer=None``, score 0) where it finds no answer, and never raises, whatever the text.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ Where = Literal["auto", "boxed", "marker", "last_line", "last_word", "last_chara
 def exact_verdict(problem: Problem, text: str, where: Where = "auto") -> Verdict:
     r"""1 where the answer is the reference, white space, case and compatibility characters folded.
 
-    ``where`` is the answer? ``auto``: in the last ``\boxed{}``, else after the last "answer is", "Answer:" or "####", else the whole text
-    if it is the reference, else its last line. The others name one place.
+    ``where`` is the answer? ``auto``: in the last ``\boxed{}``, else after the last "answer is", "Answer:" or
+    "####", else the whole text if it is the reference, else its last line. The others name one place.
     """
     text = clean(text)
     wanted = same(problem.answer)
@@ -75,9 +75,10 @@ _OTHER_LETTER = re.compile(r"(?:\s*(?:,|/|;|&|\bor\b|\band\b)\s*)[(\[*]*([A-Za-z
 def choice_verdict(problem: Problem, text: str) -> Verdict:
     r"""1 where the letter that the text settles on is the reference's.
 
-    Read in this order: the last ``\boxed{}``; what follows the last "answer is", "Answer:" or "####"; the whole last line; the last "(B)"; a
-    bare capital at the very end; the text of one option as the last line. Only letters of the problem's own options
-    (``meta["choices"]``, A–D where it has none) count; two letters in one place are an abstention.
+    Read in this order: the last ``\boxed{}``; what follows the last "answer is", "Answer:" or "####"; the whole
+    last line; the last "(B)"; a bare capital at the very end; the text of one option as the last line. Only letters
+    of the problem's own options (``meta["choices"]``, A–D where it has none) count; two letters in one place are an
+    abstention.
     """
     text = clean(text)
     choices = _choices(problem)
@@ -153,11 +154,13 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Math:
-    r"""1 where math-verify finds the answer equal to the reference (``1/2``, ``0.5``, ``\frac12``; decimals to six places).
+    r"""1 where math-verify finds the answer equal to the reference (``1/2``, ``0.5``, ``\frac12``; decimals to six
+    places).
 
-    The answer is read from the last ``\boxed{}``; unless ``boxed_only``, else from what follows the last "####", "answer is" or "Answer:",
-    else from a last line that is a plain number. Right answers are counted under the reference's own key, so that votes for them are one class.
-    Numbers are compared here; everything else in a process of its own, ``seconds`` for each (see :mod:`ccpo.tasks.sandbox`).
+    The answer is read from the last ``\boxed{}``; unless ``boxed_only``, else from what follows the last "####",
+    "answer is" or "Answer:", else from a last line that is a plain number. Right answers are counted under the
+    reference's own key, so that votes for them are one class. Numbers are compared here; everything else in a
+    process of its own, ``seconds`` for each (see :mod:`ccpo.tasks.sandbox`).
     """
 
     seconds: float = 5.0
@@ -211,14 +214,20 @@ VERIFIERS = {"exact": Exact, "choice": Choice, "math": Math}
 
 
 def make_verifier(name: str, seconds: float = 5.0) -> Verifier:
-    """The verifier called ``name``; ``seconds`` is the time limit of one verdict. Raises UserError for an unknown name."""
+    """The verifier called ``name``; ``seconds`` is the time limit of one verdict. Raises UserError for an unknown
+    name.
+    """
     if name not in VERIFIERS:
-        raise UserError(f"there is no verifier {name!r}; there are {', '.join(VERIFIERS)}, and auto." + nearest(name, VERIFIERS))
+        raise UserError(
+            f"there is no verifier {name!r}; there are {', '.join(VERIFIERS)}, and auto." + nearest(name, VERIFIERS)
+        )
     return Math(seconds=seconds) if name == "math" else VERIFIERS[name]()
 
 
 def gym_answer(text: str) -> str | None:
-    r"""What reasoning-gym's scorer is given: the last ``<answer>``, else the last ``\boxed{}``, else the line after a marker, else all of a text."""
+    r"""What reasoning-gym's scorer is given: the last ``<answer>``, else the last ``\boxed{}``, else the line after
+    a marker, else all of a text.
+    """
     text = clean(text)
     for found in (tagged(text), last_boxed(text), after_marker(text)):
         if found is not None:

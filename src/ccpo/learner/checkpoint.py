@@ -1,0 +1,223 @@
+"""Checkpoints: ``RUN/checkpoints/step-000050/``, whole or absent, checked before they are believed, and without pickle.
+
+    policies/NAME/    a Hugging Face folder: the model, or the LoRA adapter, with its tokenizer
+    agents/AGENT      a link to the folder of the policy that the agent speaks with
+    optimizers/       AdamW's tensors of each policy that is trained
+    state.json        versions, random state and what the caller gave (tensors in state.safetensors)
+    manifest.json     format, step, and size and SHA-256 of every file
+
+All of it is written to a hidden folder beside it, flushed to disk and renamed, so that a kill at any time leaves the
+checkpoints before it as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccpo.errors import RunFailure, UserError
+from ccpo.learner import lora as adapters
+from ccpo.learner.loading import quiet
+from ccpo.learner.manifest import MANIFEST, flush, read_manifest, verify, write_manifest
+from ccpo.learner.policies import Policy
+from ccpo.learner.state import random_state, read_state, restore_random_state, write_state
+from ccpo.learner.update import Learner
+
+FOLDER = "checkpoints"
+UNFINISHED = ".unfinished-"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+def save_checkpoint(
+    folder: str | Path,
+    step: int,
+    policies: Mapping[str, Policy],
+    learner: Learner,
+    extra_state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+) -> Path:
+    """Write the checkpoint of ``step`` finished steps into the run folder, and delete all but the newest ``keep``.
+
+    ``extra_state``: nested strings, numbers and tensors, given back by :func:`load_checkpoint`. Raises RunFailure where
+    the disk refuses (nothing is left behind, and what was there before stays), ValueError for a state that cannot be
+    kept.
+    """
+    from safetensors import SafetensorError
+
+    if keep < 1:
+        raise ValueError(f"keep is the number of checkpoints that stay, at least 1; got {keep}")
+    place = Path(folder) / FOLDER
+    unfinished = place / f"{UNFINISHED}{os.getpid()}"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for stale in place.glob(f"{UNFINISHED}*"):  # what a kill left behind
+            shutil.rmtree(stale)
+        unfinished.mkdir()
+        _write(unfinished, step, policies, learner, extra_state)
+        final = _publish(unfinished, place / f"step-{step:06d}")
+        for old in list_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise RunFailure(
+            f"step {step}: the checkpoint could not be written to {place} ({error}); the ones before it are untouched."
+        ) from error
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return final
+
+
+def load_checkpoint(
+    checkpoint: str | Path, policies: Mapping[str, Policy], learner: Learner | None = None
+) -> tuple[int, dict[str, Any]]:
+    """Put a checkpoint into live policies and, where given, the learner's optimisers; torch's random state too.
+
+    Everything goes on bit for bit as it would have. Returns the number of finished steps and the extra state. Raises
+    UserError for a checkpoint that is damaged (naming the file, and the newest sound one before it) or that belongs to
+    other policies; nothing live has been changed then, unless a tensor's shape is what is wrong.
+    """
+    folder = Path(checkpoint)
+    step = verify_checkpoint(folder)
+    state = read_state(folder)
+    saved = state["versions"]
+    if set(saved) != set(policies):
+        raise UserError(
+            f"{folder} holds the policies {', '.join(sorted(saved))}, but the team has {', '.join(sorted(policies))}. "
+            "Were agents, their policies or model.sharing changed?"
+        )
+    for name, policy in policies.items():
+        _load_weights(policy, folder / "policies" / name)
+        policy.version = saved[name]
+    if learner is not None:
+        _load_optimizers(learner, folder)
+    restore_random_state(state["random"])
+    return step, state["extra"]
+
+
+def list_checkpoints(run: str | Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first, by their names alone."""
+    place = Path(run) / FOLDER
+    found = [
+        (int(m[1]), p)
+        for p in (place.iterdir() if place.is_dir() else ())
+        if (m := _NAME.fullmatch(p.name)) and p.is_dir()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def find_checkpoint(run: str | Path) -> Path | None:
+    """The newest checkpoint of a run, or None. It is not verified here: loading does that, and refuses with an
+    offer."""
+    found = list_checkpoints(run)
+    return found[-1] if found else None
+
+
+def verify_checkpoint(checkpoint: str | Path) -> int:
+    """Check every file's size and SHA-256 against the manifest; returns the step. Raises UserError naming the file that
+    is wrong and the newest checkpoint before it that is sound."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint {folder}; give a folder like RUN/{FOLDER}/step-000050.")
+    wrong = verify(folder)
+    if wrong is None:
+        return read_manifest(folder)["step"]
+    older = [c for c in list_checkpoints(folder.parent.parent) if c.name < folder.name]
+    sound = next((c for c in reversed(older) if verify(c) is None), None)
+    if sound is None:
+        offer = "There is no sound checkpoint before it: start the run again."
+    else:
+        offer = f"{sound.name} before it is sound: remove {folder} and resume again, with ccpo train --resume {folder.parent.parent}."
+    raise UserError(f"the checkpoint {folder} is damaged: {wrong}. {offer}")
+
+
+def _write(folder: Path, step: int, policies: Mapping[str, Policy], learner: Learner, extra: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    (folder / "agents").mkdir()
+    (folder / "optimizers").mkdir()
+    for name, policy in policies.items():
+        target = folder / "policies" / name
+        target.mkdir(parents=True)
+        _save_weights(policy, target)
+        for agent in policy.agents:
+            _link(folder / "agents" / agent, target)
+    for name, optimizer in learner.optimizers.items():
+        tensors = {key: value.detach().cpu().contiguous() for key, value in optimizer.tensors().items()}
+        save_file(tensors, folder / "optimizers" / f"{name}.safetensors")
+    versions = {name: policy.version for name, policy in policies.items()}
+    write_state(folder, {"versions": versions, "random": random_state(), "extra": extra})
+    write_manifest(folder, step)
+
+
+def _save_weights(policy: Policy, folder: Path) -> None:
+    if policy.adapter is not None:
+        adapters.save_adapter(policy.model, policy.adapter, folder)
+    else:
+        with quiet():
+            policy.model.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def _link(agent: Path, policy: Path) -> None:
+    """The agent's folder: a relative link, or a copy on a file system without links."""
+    try:
+        agent.symlink_to(Path("..") / "policies" / policy.name, target_is_directory=True)
+    except OSError:
+        shutil.copytree(policy, agent)
+
+
+def _publish(unfinished: Path, final: Path) -> Path:
+    """Flush to disk and rename. One of the same step (the run went back) makes way only when its successor is on
+    disk."""
+    flush(unfinished)
+    replaced = final.with_name(f"{UNFINISHED}replaced-{final.name}")
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(unfinished, final)
+    flush(final.parent, recursive=False)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return final
+
+
+def _load_weights(policy: Policy, folder: Path) -> None:
+    """Overwrite the live weights in place, so that engines that hold the model see them."""
+    if policy.adapter is not None:
+        adapters.load_adapter(policy.model, policy.adapter, folder)
+        return
+    with quiet():
+        # the class itself reads it back, since some families store tensors under other names than they run with
+        saved = type(policy.model).from_pretrained(
+            folder, dtype=policy.model.dtype, use_safetensors=True, local_files_only=True
+        )
+    adapters.copy_into(policy.parameters(), dict(saved.named_parameters()), str(folder))
+    adapters.copy_into(_buffers(policy.model), _buffers(saved), str(folder))
+
+
+def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that are saved with the weights."""
+    stored = set(model.state_dict())
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+def _load_optimizers(learner: Learner, folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    for name, optimizer in learner.optimizers.items():
+        file = folder / "optimizers" / f"{name}.safetensors"
+        if not file.is_file():
+            raise UserError(
+                f"{folder} holds no optimiser of policy {name!r}, which was frozen then; unfreezing it needs a run of "
+                "its own."
+            )
+        optimizer.load(load_file(file), str(file))
+
+
+__all__ = ["MANIFEST", "find_checkpoint", "list_checkpoints", "load_checkpoint", "save_checkpoint", "verify_checkpoint"]

@@ -1,0 +1,133 @@
+"""Log-probabilities of sampled tokens under a live model, without a copy of the logits in float32."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ccpo.learner.rows import MicroBatch
+
+CHUNK = 1 << 22  # logits that are held in float32 at a time
+
+
+def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor, temperature_B: Tensor) -> tuple[Tensor, Tensor]:
+    """``log softmax(logits / temperature)[id]`` and the entropy ``-sum p log p``, in nats; both ``[B, T]`` and
+    differentiable.
+
+    Computed in float32 (float64 for float64 logits) a chunk of tokens at a time, forward and backward: what stays in
+    memory is the logits in their own dtype, and their gradient. Raises ValueError for shapes that do not fit or a
+    temperature that is not positive.
+    """
+    if logits_BTV.dim() != 3 or ids_BT.shape != logits_BTV.shape[:2] or temperature_B.shape != ids_BT.shape[:1]:
+        raise ValueError(
+            f"logits are [B, T, V], ids [B, T], temperature [B]; got {tuple(logits_BTV.shape)}, {tuple(ids_BT.shape)}, "
+            f"{tuple(temperature_B.shape)}"
+        )
+    B, T, V = logits_BTV.shape
+    temperature_N = temperature_B.repeat_interleave(T)
+    logprob_N, entropy_N = _TokenLogprobs.apply(logits_BTV.reshape(B * T, V), ids_BT.reshape(-1), temperature_N)
+    return logprob_N.view(B, T), entropy_N.view(B, T)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Per token of ``[N, V]`` logits. With ``z = logits / t`` and ``p = softmax(z)``:
+    ``d logp[id] / dz = onehot - p`` and ``d H / dz = -p (log p + H)``."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, ids_N: Tensor, temperature_N: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+        lse_N, entropy_N, logprob_N = (torch.empty(len(ids_N), dtype=dtype, device=ids_N.device) for _ in range(3))
+        for part in _chunks(logits_NV):
+            z_CV = logits_NV[part].to(dtype) / temperature_N[part, None].to(dtype)
+            lse_N[part] = z_CV.logsumexp(dim=1)
+            logprob_N[part] = z_CV.gather(1, ids_N[part, None]).squeeze(1) - lse_N[part]
+            p_CV = (z_CV - lse_N[part, None]).exp_()
+            # a logit of -inf (a forbidden token) has p = 0 and must add nothing
+            entropy_N[part] = lse_N[part] - (p_CV.mul_(z_CV.clamp_(min=-1e30))).sum(dim=1)
+        ctx.save_for_backward(logits_NV, ids_N, temperature_N, lse_N, entropy_N)
+        ctx.set_materialize_grads(False)
+        return logprob_N, entropy_N
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_logprob_N: Tensor | None, grad_entropy_N: Tensor | None
+    ) -> tuple[Tensor | None, None, None]:
+        logits_NV, ids_N, temperature_N, lse_N, entropy_N = ctx.saved_tensors
+        if grad_logprob_N is None and grad_entropy_N is None:
+            return None, None, None
+        grad_NV = torch.empty_like(logits_NV)
+        for part in _chunks(logits_NV):
+            t_C1 = temperature_N[part, None].to(lse_N.dtype)
+            logp_CV = (logits_NV[part].to(lse_N.dtype) / t_C1).sub_(lse_N[part, None])
+            p_CV = logp_CV.exp()
+            total_CV = torch.zeros_like(p_CV) if grad_logprob_N is None else p_CV * -grad_logprob_N[part, None]
+            if grad_logprob_N is not None:
+                total_CV.scatter_add_(1, ids_N[part, None], grad_logprob_N[part, None])
+            if grad_entropy_N is not None:
+                surprise_CV = logp_CV.clamp_(min=-1e30).add_(entropy_N[part, None])
+                total_CV.addcmul_(p_CV.mul_(surprise_CV), grad_entropy_N[part, None], value=-1)
+            grad_NV[part] = total_CV.div_(t_C1).to(grad_NV.dtype)
+        return grad_NV, None, None
+
+
+def _chunks(logits_NV: Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK // max(1, logits_NV.shape[1]))
+    for start in range(0, logits_NV.shape[0], rows):
+        yield slice(start, start + rows)
+
+
+def score(model: nn.Module, batch: MicroBatch, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy of each completion token of a micro-batch, both ``[B, T]``; only their positions reach the
+    head.
+
+    ``compute`` is the dtype of matrix products: bfloat16 by autocast, or the weights' own.
+    """
+    T = batch.mask_BT.shape[1]
+    inputs = {"input_ids": batch.ids_BL[:, :-1], "attention_mask": batch.attention_BL[:, :-1], "use_cache": False}
+    accepted = _accepts(model)
+    if "position_ids" in accepted:
+        inputs["position_ids"] = batch.position_BL[:, :-1]
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = T
+    with torch.autocast(batch.ids_BL.device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16):
+        logits_BTV = model(**inputs).logits[:, -T:]
+    return token_logprobs(logits_BTV, batch.ids_BL[:, -T:], batch.temperature_B)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    abilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32
+
+
+@contextmanager
+def training(model: nn.Module) -> Iterator[None]:
+    """A model in eval mode but for what an update needs: layers that recompute their activations look at their training
+    flag, and a LoRA's own dropout, which its user asked for, works in the update alone.
+
+    The model's other dropout stays off: log-probs that are noisy would make the importance ratios noise.
+    """
+    switched = [
+        module
+        for name, module in model.named_modules()
+        if getattr(module, "gradient_checkpointing", False) or ".lora_dropout." in name
+    ]
+    for module in switched:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in switched:
+            module.training = False
+
+
+def _accepts(model: Any) -> frozenset[str]:
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return frozenset(inspect.signature(bare.forward).parameters)

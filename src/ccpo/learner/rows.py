@@ -1,0 +1,119 @@
+"""Rows to train on, and how they are cut into micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRow:
+    """One turn that an agent has spoken and what it is paid for it.
+
+    ``engine_logprobs`` are the sampler's, at the row's ``temperature`` (0, greedy, counts as 1). Rows with equal
+    ``segment`` are the turns of one agent in one rollout. Raises ValueError for an empty prompt, log-probs that do not
+    fit the tokens, or a negative temperature.
+    """
+
+    policy: str
+    agent: str
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    engine_logprobs: tuple[float, ...]
+    advantage: float
+    segment: int
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids or len(self.token_ids) != len(self.engine_logprobs) or not self.temperature >= 0:
+            raise ValueError(
+                f"a row needs a prompt, a log-prob for each token and a temperature >= 0; got {len(self.prompt_ids)} "
+                "prompt "
+                f"tokens, {len(self.token_ids)} tokens, {len(self.engine_logprobs)} log-probs, temperature "
+                f"{self.temperature}"
+            )
+
+
+@dataclass(slots=True, kw_only=True)
+class MicroBatch:
+    """Rows side by side: prompts padded on the left and completions on the right, so that the first tokens of all
+    completions share column ``L - T``. ``old_BT`` and ``ref_BT`` are filled where the objective needs them."""
+
+    rows: tuple[TrainRow, ...]
+    ids_BL: Tensor
+    attention_BL: Tensor
+    position_BL: Tensor
+    mask_BT: Tensor
+    engine_BT: Tensor
+    advantage_B: Tensor
+    segment_B: Tensor
+    temperature_B: Tensor
+    old_BT: Tensor | None = None
+    ref_BT: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(row.token_ids) for row in self.rows)
+
+
+def number_segments(rows: Sequence[TrainRow]) -> list[int]:
+    """The rows' segments as small ids, counted from 0 in order of first appearance."""
+    seen: dict[int, int] = {}
+    return [seen.setdefault(row.segment, len(seen)) for row in rows]
+
+
+def pack(rows: Sequence[TrainRow], segments: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of ``rows`` in micro-batches of similar length.
+
+    A micro-batch of ``n`` rows has ``n * (longest prompt + longest completion) <= budget``, unless it is one segment
+    alone: the rows of a segment stay together, since they may share an importance ratio. The order depends on lengths
+    and positions only. Raises ValueError for a budget below 1.
+    """
+    if budget < 1:
+        raise ValueError(f"the token budget of a micro-batch is at least 1; got {budget}")
+    members: dict[int, list[int]] = {}
+    for index, segment in enumerate(segments):
+        members.setdefault(segment, []).append(index)
+    shapes = []
+    for indices in members.values():
+        prompt = max(len(rows[i].prompt_ids) for i in indices)
+        completion = max(len(rows[i].token_ids) for i in indices)
+        shapes.append((prompt + completion, prompt, completion, indices))
+    packed: list[list[int]] = []
+    widest = (0, 0)
+    for _, prompt, completion, indices in sorted(shapes):
+        wider = (max(widest[0], prompt), max(widest[1], completion))
+        if packed and (len(packed[-1]) + len(indices)) * sum(wider) <= budget:
+            packed[-1] += indices
+            widest = wider
+        else:
+            packed.append(list(indices))
+            widest = (prompt, completion)
+    return packed
+
+
+def collate(rows: Sequence[TrainRow], segments: Sequence[int], device: torch.device) -> MicroBatch:
+    """The tensors of one micro-batch. Padding is token 0, seen by no other token and trained nowhere."""
+    P = max(len(row.prompt_ids) for row in rows)
+    T = max(len(row.token_ids) for row in rows)
+    ids, attention, engine = [], [], []
+    for row in rows:
+        left, right = P - len(row.prompt_ids), T - len(row.token_ids)
+        ids.append([0] * left + [*row.prompt_ids, *row.token_ids] + [0] * right)
+        attention.append([0] * left + [1] * (P + T - left - right) + [0] * right)
+        engine.append([*row.engine_logprobs] + [0.0] * right)
+    attention_BL = torch.tensor(attention)
+    return MicroBatch(
+        rows=tuple(rows),
+        ids_BL=torch.tensor(ids).to(device),
+        attention_BL=attention_BL.to(device),
+        position_BL=(attention_BL.cumsum(1) - 1).clamp(min=0).to(device),
+        mask_BT=attention_BL[:, P:].bool().to(device),
+        engine_BT=torch.tensor(engine).to(device),
+        advantage_B=torch.tensor([row.advantage for row in rows]).to(device),
+        segment_B=torch.tensor(list(segments)).to(device),
+        temperature_B=torch.tensor([row.temperature or 1.0 for row in rows]).to(device),
+    )

@@ -1,0 +1,271 @@
+"""One training step of all policies: rows in, weights changed, metrics out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ccpo.learner.failure import refuse
+from ccpo.learner.logprobs import compute_dtype, score, training
+from ccpo.learner.meters import Meters
+from ccpo.learner.objective import Objective, mismatch
+from ccpo.learner.optim import PolicyOptimizer, lr_factor
+from ccpo.learner.policies import Policy, Reference
+from ccpo.learner.rows import MicroBatch, TrainRow, collate, number_segments, pack
+from ccpo.losses import Denominators, denominators
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdateStats:
+    """Metrics of a step by name (``actor/AGENT/loss``, …) and the seconds it took."""
+
+    metrics: Mapping[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """An agent's part of a mini-batch: the counts of all its rows, and the micro-batches of those that have a
+    gradient."""
+
+    agent: str
+    counts: Denominators
+    batches: list[MicroBatch]
+
+
+Work = dict[str, list[Share]]
+"""A mini-batch: the shares of each policy."""
+
+
+class Learner:
+    """Optimisers, references and settings of all policies that are trained.
+
+    The loss settings are those of :class:`~ccpo.learner.objective.Objective`. ``total_steps`` and ``warmup_steps`` are
+    steps of the trainer, by which the learning rate goes, however many updates a step makes. ``microbatch_tokens``
+    bounds the padded tokens of one forward and backward pass and does not change the gradient. ``compute`` is the dtype
+    of matrix products: None is bfloat16 where the hardware multiplies it. The reference of the KL is what the policies
+    are *now*.
+    """
+
+    def __init__(
+        self,
+        policies: Mapping[str, Policy],
+        *,
+        loss: str = "ppo_clip",
+        clip_low: float = 0.2,
+        clip_high: float = 0.2,
+        dual_clip: float | None = None,
+        aggregate: str = "token-mean",
+        constant: float | None = None,
+        ratio_over: str = "agent",
+        kl: str = "none",
+        kl_coef: float = 0.0,
+        entropy_coef: float = 0.0,
+        importance_cap: float | None = None,
+        old_logprobs: str = "auto",
+        total_steps: int,
+        warmup_steps: int = 0,
+        decay: str = "constant",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+        epochs: int = 1,
+        microbatch_tokens: int = 16_384,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        self.objective = Objective(
+            loss=loss,
+            clip_low=clip_low,
+            clip_high=clip_high,
+            dual_clip=dual_clip,
+            aggregate=aggregate,
+            constant=constant,
+            ratio_over=ratio_over,
+            kl=kl,
+            kl_coef=kl_coef,
+            entropy_coef=entropy_coef,
+            importance_cap=importance_cap,
+            old_logprobs=old_logprobs,
+        )
+        self.policies = dict(policies)
+        self._schedule = {"warmup_steps": warmup_steps, "decay": decay, "total_steps": total_steps}
+        lr_factor(0, **self._schedule)  # an unknown decay is refused here
+        self._epochs, self._microbatch_tokens, self._compute = epochs, microbatch_tokens, compute
+        trained = {name: policy for name, policy in self.policies.items() if policy.trainable}
+        self.optimizers = {
+            name: PolicyOptimizer(policy, betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+            for name, policy in trained.items()
+        }
+        wanted = trained if self.objective.needs_reference else {}
+        self._references = {name: Reference(policy) for name, policy in wanted.items()}
+
+    def step(self, minibatches: Sequence[Sequence[TrainRow]], *, step: int, failure_folder: Path) -> UpdateStats:
+        """Train on ``minibatches``: one update of each policy with rows, for each of them, in each epoch.
+
+        The losses of agents that share a policy are averaged each over its own rows, and summed. Rows whose advantage
+        is exactly 0 have no gradient unless there is a KL or entropy term: they are counted in the means and not run
+        (so the metrics over tokens are those of the rows that were). A policy none of whose rows has a gradient is not
+        updated at all, not even by momentum or weight decay; ``updates_skipped`` counts that.
+
+        Raises RunFailure for a loss or gradient that is not finite, with that policy's weights as they were before the
+        update and the batch in ``failure_folder``; ValueError for rows of a policy that is unknown or not trained.
+        """
+        started = time.perf_counter()
+        meters = Meters()
+        work = [self._prepare(rows, meters) for rows in minibatches]
+        for name in self.optimizers:
+            self._recall(name, [shares[name] for shares in work if name in shares], meters)
+        versions = {name: policy.version for name, policy in self.policies.items()}
+        for _ in range(self._epochs):
+            for shares_by_policy in work:
+                for name, shares in shares_by_policy.items():
+                    fresh = self.policies[name].version == versions[name]
+                    self._update(name, shares, meters, step=step, fresh=fresh, failure_folder=failure_folder)
+        return UpdateStats(metrics=meters.read(), seconds=time.perf_counter() - started)
+
+    # --- before the first update --------------------------------------------------------------------------------------
+
+    def _prepare(self, rows: Sequence[TrainRow], meters: Meters) -> Work:
+        by_agent: dict[str, dict[str, list[TrainRow]]] = {}
+        for row in rows:
+            if row.policy not in self.optimizers:
+                state = "is not trained" if row.policy in self.policies else "is unknown"
+                raise ValueError(f"a row of agent {row.agent!r} is of policy {row.policy!r}, which {state}")
+            if row.token_ids:
+                by_agent.setdefault(row.policy, {}).setdefault(row.agent, []).append(row)
+        return {
+            name: [self._share(agent, agents[agent], self.policies[name].device, meters) for agent in agents]
+            for name in self.optimizers
+            if (agents := by_agent.get(name))
+        }
+
+    def _share(self, agent: str, rows: list[TrainRow], device: torch.device, meters: Meters) -> Share:
+        segments = number_segments(rows)
+        live = self._live(rows, segments)
+        chosen, numbers = [rows[i] for i in live], [segments[i] for i in live]
+        packed = pack(chosen, numbers, self._microbatch_tokens)
+        meters.add(agent, "rows", len(rows))
+        meters.add(agent, "rows_without_signal", len(rows) - len(live))
+        meters.add(agent, "tokens", sum(len(row.token_ids) for row in rows))
+        return Share(
+            agent=agent,
+            counts=denominators(
+                torch.tensor([len(row.token_ids) for row in rows]), torch.tensor(segments), self.objective.constant
+            ),
+            batches=[collate([chosen[i] for i in part], [numbers[i] for i in part], device) for part in packed],
+        )
+
+    def _live(self, rows: list[TrainRow], segments: list[int]) -> list[int]:
+        """Indices of the rows that have a gradient, with all the rows of their segments."""
+        if self.objective.needs_all_rows:
+            return list(range(len(rows)))
+        paid = {segment for row, segment in zip(rows, segments, strict=True) if row.advantage != 0}
+        return [i for i, segment in enumerate(segments) if segment in paid]
+
+    def _recall(self, name: str, parts: list[list[Share]], meters: Meters) -> None:
+        """Give each micro-batch the log-probs that must be known from before the first update."""
+        updates = self._epochs * sum(any(share.batches for share in shares) for shares in parts)
+        source = self.objective.old_logprobs
+        forward = source == "learner" or (source == "auto" and updates > 1)
+        shares = [share for part in parts for share in part]
+        for share in shares:
+            for batch in share.batches:
+                if source == "engine":
+                    batch.old_BT = batch.engine_BT
+                elif forward:
+                    batch.old_BT = self._score_now(name, batch)
+                    meters.tokens(share.agent, mismatch(batch.old_BT, batch.engine_BT, batch.mask_BT), batch.tokens)
+        if name in self._references:
+            self._score_reference(name, shares)
+
+    @torch.no_grad()
+    def _score_now(self, name: str, batch: MicroBatch) -> Tensor:
+        policy = self.policies[name]
+        policy.activate()
+        return score(policy.model, batch, self._dtype(policy))[0]
+
+    @torch.no_grad()
+    def _score_reference(self, name: str, shares: list[Share]) -> None:
+        policy = self.policies[name]
+        policy.activate()
+        with self._references[name].model() as model:
+            for share in shares:
+                for batch in share.batches:
+                    batch.ref_BT = score(model, batch, self._dtype(policy))[0]
+
+    # --- one update ---------------------------------------------------------------------------------------------------
+
+    def _update(
+        self, name: str, shares: list[Share], meters: Meters, *, step: int, fresh: bool, failure_folder: Path
+    ) -> None:
+        agents = [share.agent for share in shares]
+        live = [(share, number, batch) for share in shares for number, batch in enumerate(share.batches)]
+        if not live:
+            for agent in agents:
+                meters.add(agent, "updates_skipped", 1)
+            return
+        optimizer = self.optimizers[name]
+        optimizer.clear()
+        losses = self._backward(name, live, meters, fresh=fresh)
+        norm = optimizer.clip()
+        self._check(name, losses, norm, live, step, failure_folder)
+        rate = optimizer.step(lr_factor(step, **self._schedule))
+        for agent in agents:
+            own = [loss for loss, (share, _, _) in zip(losses, live, strict=True) if share.agent == agent]
+            meters.mean(agent, "loss", torch.stack(own).sum() if own else 0.0)
+            meters.mean(agent, "grad_norm", norm)
+            meters.mean(agent, "lr", rate)
+            meters.add(agent, "updates", 1)
+
+    def _backward(
+        self, name: str, live: list[tuple[Share, int, MicroBatch]], meters: Meters, *, fresh: bool
+    ) -> list[Tensor]:
+        """Gradients of all micro-batches, summed; returns each one's loss. ``fresh``: the weights are still those that
+        sampled, so that these log-probs can be held against the engine's, where no earlier ones were."""
+        engine_is_old = self.objective.old_logprobs == "engine"
+        policy = self.policies[name]
+        policy.activate()
+        losses = []
+        with training(policy.model):
+            for share, _, batch in live:
+                logprob_BT, entropy_BT = score(policy.model, batch, self._dtype(policy))
+                loss, metrics = self.objective(logprob_BT, entropy_BT, batch, share.counts)
+                loss.backward()
+                losses.append(loss.detach())
+                metrics.pop("tokens")
+                meters.tokens(share.agent, metrics, batch.tokens)
+                if fresh and (batch.old_BT is None or engine_is_old):
+                    meters.tokens(share.agent, mismatch(logprob_BT, batch.engine_BT, batch.mask_BT), batch.tokens)
+        return losses
+
+    def _check(
+        self,
+        name: str,
+        losses: list[Tensor],
+        norm: Tensor,
+        live: list[tuple[Share, int, MicroBatch]],
+        step: int,
+        failure_folder: Path,
+    ) -> None:
+        """Raises RunFailure unless all is finite. Looked at once an update: a look makes the host wait for the
+        device."""
+        values = torch.stack([*losses, norm.to(losses[0].dtype)]).tolist()
+        broken = [i for i, value in enumerate(values[:-1]) if not math.isfinite(value)]
+        if not broken and math.isfinite(values[-1]):
+            return
+        self.optimizers[name].clear()
+        what, value = ("loss", values[broken[0]]) if broken else ("gradient norm", values[-1])
+        at = [
+            (share.agent, number, batch) for i, (share, number, batch) in enumerate(live) if not broken or i in broken
+        ]
+        raise refuse(what, value, step=step, policy=name, at=at, folder=failure_folder)
+
+    def _dtype(self, policy: Policy) -> torch.dtype:
+        return self._compute or compute_dtype(policy.device)
