@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from ccpo.engines import native
 from ccpo.engines.base import batches, make_engine
-from ccpo.engines.finish import complete, decoder
+from ccpo.engines.finish import decoder
 from ccpo.engines.weights import native_dtype, supports
 from ccpo.errors import RunFailure, UserError
 from ccpo.types import FinishReason, Request
@@ -197,27 +197,6 @@ def test_a_stop_string_ends_the_text_before_it(kind):
         assert engine.decoded_tokens - before == len(done.token_ids)
         stopped += 1
     assert stopped >= 3
-
-
-def test_the_end_of_a_completion_by_hand():
-    decode = decoder(TOKENIZER)
-    ids = TOKENIZER("ab##cd")["input_ids"]
-    tokens = torch.tensor([*ids, 1, *ids])[:, None]
-    probs = torch.full((len(tokens), 1), 0.5)
-
-    def end(**kwargs):
-        request = Request(prompt_ids=(5,), seed=0, **{"max_tokens": 9, **kwargs})
-        (done,) = complete([request], tokens, probs, (1,), decode)
-        assert done.logprobs == pytest.approx([-0.6931472] * len(done.token_ids))
-        return done.text, done.finish, len(done.token_ids)
-
-    assert end() == ("ab##cd", FinishReason.EOS, 7)
-    assert end(max_tokens=7) == ("ab##cd", FinishReason.EOS, 7)
-    assert end(max_tokens=6) == ("ab##cd", FinishReason.LENGTH, 6)
-    assert end(stop=("##",)) == ("ab", FinishReason.STOP, 4)
-    assert end(stop=("d", "#c")) == ("ab#", FinishReason.STOP, 5)
-    assert end(stop=("##",), max_tokens=3) == ("ab#", FinishReason.LENGTH, 3)
-    assert end(stop=("dab",)) == ("ab##cd", FinishReason.EOS, 7)
 
 
 def test_refresh_reads_the_weights_in_place():

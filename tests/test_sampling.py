@@ -1,4 +1,4 @@
-"""The noise, the cuts and the draws: against hand-derived numbers, plain-Python references and frequencies."""
+"""The noise, the cuts, the draws, the end of a completion: by hand, against plain Python, and by frequencies."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ccpo.engines import sampling
+from ccpo.engines.finish import complete, decoder
 from ccpo.engines.sampling import Sampler, cut, inverse_cdf, signed64, uniform
-from ccpo.types import Request
+from ccpo.types import FinishReason, Request
+from tiny import tiny_tokenizer
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -172,3 +174,25 @@ def test_bfloat16_logits_are_sampled_in_float32():
     token_B, prob_B = sampler.draw(logits, 0)
     assert prob_B.dtype == torch.float32
     assert torch.allclose(prob_B, logits.float().softmax(-1).gather(1, token_B[:, None])[:, 0])
+
+
+def test_the_end_of_a_completion_by_hand():
+    tokenizer = tiny_tokenizer()
+    decode = decoder(tokenizer)
+    ids = tokenizer("ab##cd")["input_ids"]
+    tokens = torch.tensor([*ids, 1, *ids])[:, None]
+    probs = torch.full((len(tokens), 1), 0.5)
+
+    def end(**kwargs):
+        request = Request(prompt_ids=(5,), seed=0, **{"max_tokens": 9, **kwargs})
+        (done,) = complete([request], tokens, probs, (1,), decode)
+        assert done.logprobs == pytest.approx([-0.6931472] * len(done.token_ids))
+        return done.text, done.finish, len(done.token_ids)
+
+    assert end() == ("ab##cd", FinishReason.EOS, 7)
+    assert end(max_tokens=7) == ("ab##cd", FinishReason.EOS, 7)
+    assert end(max_tokens=6) == ("ab##cd", FinishReason.LENGTH, 6)
+    assert end(stop=("##",)) == ("ab", FinishReason.STOP, 4)
+    assert end(stop=("d", "#c")) == ("ab#", FinishReason.STOP, 5)
+    assert end(stop=("##",), max_tokens=3) == ("ab#", FinishReason.LENGTH, 3)
+    assert end(stop=("dab",)) == ("ab##cd", FinishReason.EOS, 7)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ccpo.config import BootstrapSection
 from ccpo.errors import UserError
+from ccpo.learner.loading import quiet
 from ccpo.tasks.procedural import ProceduralTask
 from ccpo.teams import Team
 
@@ -55,8 +56,9 @@ def bootstrap(
     model, tokenizer = train_base(team, task, section, report)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    with quiet():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
     seconds = time.monotonic() - started
     (temporary / "done.json").write_text(json.dumps({"seconds": seconds, "section": section.model_dump(), "task": repr(task)}))
     shutil.rmtree(folder, ignore_errors=True)

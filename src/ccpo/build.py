@@ -10,12 +10,13 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, ValidationError, create_model
 
 from ccpo import credit as credit_rules
-from ccpo.config import Part, RunConfig, explain
+from ccpo.config import Part, RunConfig
 from ccpo.errors import UserError, nearest
-from ccpo.rollout import Limits, Sampling
-from ccpo.schedule import Schedule
-from ccpo.tasks import TASKS, ProceduralTask, Task
+from ccpo.explain import explain
 from ccpo.imports import load_object
+from ccpo.rollout import Limits, Sampling
+from ccpo.schedule import ProblemSampler, Schedule
+from ccpo.tasks import TASKS, ProceduralTask, Task, limited
 from ccpo.teams import TEAMS, PlayTeam, Team
 from ccpo.types import Removal
 
@@ -40,9 +41,8 @@ class Setup:
 
 
 def build_part(table: Mapping[str, Callable[..., Any]], part: Part, where: str) -> Any:
-    """Call what ``part`` names (a key of ``table``, or ``module:attribute``) with its arguments, checked against its signature.
-
-    Raises UserError with the path of the key, what was found, what is allowed and the nearest name.
+    """Call what ``part`` names (a key of ``table``, or ``module:attribute``) with its arguments, checked against its
+    signature. Raises UserError with the path of the key, what was found, what is allowed and the nearest name.
     """
     if ":" in part.kind:
         target = load_object(part.kind, f"{where}.kind")
@@ -63,18 +63,24 @@ def build_part(table: Mapping[str, Callable[..., Any]], part: Part, where: str) 
     try:
         checked = schema(**part.arguments)
     except ValidationError as error:
-        raise UserError(explain(error, schema, where)) from None
+        raise UserError(explain(error, schema, "recipe", part.arguments, inside=where)) from None
     return target(**{name: getattr(checked, name) for name in part.arguments})
 
 
-def prepare(config: RunConfig, *, team: Any = None, task: Any = None, tests: Mapping[str, Any] | None = None, credit: Any = None) -> Setup:
+def prepare(
+    config: RunConfig, *, team: Any = None, task: Any = None, tests: Mapping[str, Any] | None = None, credit: Any = None
+) -> Setup:
     """The objects of ``config``; those passed in take the place of what it names. Raises UserError."""
     team = team or build_part(TEAMS, config.team, "team")
     if task is None and config.task is None:
         raise UserError("recipe: task: this key is required; for example task: {kind: file, path: train.jsonl}")
-    task = task if task is not None else build_part(TASKS, config.task, "task")
+    task = task if task is not None else _task(config, config.task, "task")
     rule = credit or build_part(credit_rules.RULES, config.credit, "credit")
     _check_agents(config, team)
+    _check_settings(config, team)
+    ProblemSampler(
+        total=len(task), batch=config.rollout.prompts, seed=config.run.seed
+    )  # refuses a task smaller than a step
     trainable = tuple(name for name in team.agent_names if not _frozen(config, name))
     return Setup(
         config=config,
@@ -103,10 +109,27 @@ def _check_agents(config: RunConfig, team: Team | PlayTeam) -> None:
         for name in names:
             if name not in team.agent_names:
                 raise UserError(
-                    f"{section}.{name}: the team {team.name!r} has no such agent; it has {', '.join(team.agent_names)}." + nearest(name, team.agent_names)
+                    f"{section}.{name}: the team {team.name!r} has no such agent; it has {', '.join(team.agent_names)}."
+                    + nearest(name, team.agent_names)
                 )
+    if isinstance(team, Team) and isinstance(config.bootstrap.noise, dict):
+        for name in config.bootstrap.noise:
+            if name not in team.order:
+                raise UserError(
+                    f"bootstrap.noise.{name}: the team {team.name!r} has no such turn; it has {', '.join(team.order)}."
+                    + nearest(name, team.order)
+                )
+
+
+def _check_settings(config: RunConfig, team: Team | PlayTeam) -> None:
+    if config.rollout.removal == Removal.FROZEN and isinstance(team, PlayTeam):
+        raise UserError(
+            "rollout.removal 'frozen' is not available for a team that is a Python function; use drop or blank"
+        )
     if config.trainer.first is not None and config.trainer.schedule != "alternating":
-        raise UserError("trainer.first is set but trainer.schedule is 'simultaneous'; set trainer.schedule: alternating")
+        raise UserError(
+            "trainer.first is set but trainer.schedule is 'simultaneous'; set trainer.schedule: alternating"
+        )
     if config.loss.kl != "none" and config.loss.kl_coef == 0:
         raise UserError(f"loss.kl is {config.loss.kl!r} but loss.kl_coef is 0; give it a weight, or set loss.kl: none")
 
@@ -130,10 +153,17 @@ def _sampling(config: RunConfig, agent: str) -> Sampling:
     return Sampling(**{**values, "stop": tuple(values["stop"])})
 
 
+def _task(config: RunConfig, part: Part, where: str) -> Task:
+    """The task that ``part`` names, with the run's time limit of a verdict unless the part has its own."""
+    task = build_part(TASKS, part, where)
+    return task if "seconds" in part.arguments else limited(task, config.rollout.verify_seconds)
+
+
 def _tests(config: RunConfig, task: Task) -> dict[str, Task]:
-    """The data sets of the evaluation: those named, else the held-out split of a procedural task, else the training data itself."""
+    """The data sets of the evaluation: those named, else the held-out split of a procedural task, else the training
+    data itself."""
     if config.eval.tasks:
-        return {name: build_part(TASKS, part, f"eval.tasks.{name}") for name, part in config.eval.tasks.items()}
+        return {name: _task(config, part, f"eval.tasks.{name}") for name, part in config.eval.tasks.items()}
     if isinstance(task, ProceduralTask):
         return {"heldout": replace(task, split="test", size=config.eval.problems)}
     return {"train": task}

@@ -1,27 +1,35 @@
 """What a recipe may say: :class:`RunConfig` and its sections, read from YAML and ``--set`` overrides.
 
-Every section refuses unknown keys. A section that names a ``kind`` (``team``, ``task``, ``credit``) is a :class:`Part`: its other
-keys are the arguments of the thing it names, and are checked against that thing's own signature by
+Every section refuses unknown keys. A section that names a ``kind`` (``team``, ``task``, ``credit``) is a :class:`Part`:
+its other keys are the arguments of the thing it names, and are checked against that thing's own signature by
 :mod:`ccpo.build`, so that a new rule, team or task needs no second declaration here.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ccpo.errors import UserError, nearest
+from ccpo.explain import explain
+from ccpo.plain_yaml import parse_yaml
 
-Positive = Field(gt=0)
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("Input should not be true or false (YAML reads yes, no, on and off so; quote them)")
+        return value
 
 
 class Part(BaseModel):
@@ -29,6 +37,11 @@ class Part(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
     kind: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -56,11 +69,15 @@ class LoraSection(Section):
 
 
 class ModelSection(Section):
-    path: str = Field("bootstrap", description="Hugging Face name or folder, or 'bootstrap' for a tiny model of our own")
+    path: str = Field(
+        "bootstrap", description="Hugging Face name or folder, or 'bootstrap' for a tiny model of our own"
+    )
     sharing: Literal["separate", "shared", "lora"] = "separate"
     lora: LoraSection = LoraSection()
     weights: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the trained weights")
-    compute: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of matrix products in the update")
+    compute: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype of matrix products in the update"
+    )
     engine: Literal["auto", "native", "transformers"] = "auto"
     decode: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the decoder")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
@@ -69,7 +86,7 @@ class ModelSection(Section):
 
 
 class BootstrapSection(Section):
-    """The tiny base model that stands in for a pretrained one where there is no download (``model.path: bootstrap``)."""
+    """The tiny base model that stands in for a pretrained one where there is none (``model.path: bootstrap``)."""
 
     hidden: int = Field(128, ge=8)
     layers: int = Field(4, ge=1)
@@ -78,13 +95,25 @@ class BootstrapSection(Section):
     mlp: int = Field(384, ge=8)
     steps: int = Field(1000, ge=1, description="supervised steps on correct demonstrations")
     noisy_steps: int = Field(150, ge=0, description="further steps on demonstrations of which some are wrong")
-    noise: float | dict[str, float] = Field(0.6, description="share of wrong demonstrations, for all turns or per turn")
+    noise: Share | dict[str, Share] = Field(0.6, description="share of wrong demonstrations, for all turns or per turn")
     solo: float = Field(0.25, ge=0, le=1, description="share of demonstrations that lack the upstream messages")
     batch: int = Field(128, ge=1)
     lr: float = Field(1e-3, gt=0)
     noisy_lr: float = Field(3e-4, gt=0)
     seed: int = 0
     cache: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> BootstrapSection:
+        if self.hidden % (2 * self.heads):
+            raise ValueError(
+                f"hidden is {self.hidden} and heads {self.heads}; hidden must be a multiple of twice the heads"
+            )
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads is {self.heads} and kv_heads {self.kv_heads}; heads must be a multiple of kv_heads"
+            )
+        return self
 
 
 class AgentSection(Section):
@@ -122,7 +151,8 @@ class RolloutSection(Section):
     truncated: Literal["zero", "keep"] = Field("zero", description="reward of a rollout with a truncated turn")
     boxed_reward: dict[str, float] = Field({}, description="per agent, added to its credit when it writes \\boxed")
     cache: Literal["auto", "off", "always"] = Field(
-        "auto", description="reuse counterfactual rewards while the policies that spoke in them are unchanged; 'always' across updates too"
+        "auto",
+        description="reuse counterfactual rewards while those who spoke are unchanged; 'always': across updates too",
     )
     decode_tokens: int = Field(65536, ge=256, description="token budget of one decode batch")
     verify_seconds: float = Field(5.0, gt=0, description="time limit of one verdict")
@@ -133,13 +163,17 @@ class LossSection(Section):
     clip_low: float = Field(0.2, gt=0)
     clip_high: float = Field(0.2, gt=0)
     dual_clip: float | None = Field(None, gt=1)
-    aggregate: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "trajectory-mean"] = "token-mean"
+    aggregate: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant", "trajectory-mean"] = (
+        "token-mean"
+    )
     constant: float | None = Field(None, gt=0, description="divisor of aggregate: constant")
     ratio_over: Literal["turn", "agent"] = Field("agent", description="what one sequence ratio spans")
     kl: Literal["none", "k1", "k2", "k3"] = "none"
     kl_coef: float = Field(0.0, ge=0)
     entropy_coef: float = 0.0
-    importance_cap: float | None = Field(None, gt=0, description="cap of the engine/learner importance weights; null: off")
+    importance_cap: float | None = Field(
+        None, gt=0, description="cap of the engine/learner importance weights; null: off"
+    )
     old_logprobs: Literal["auto", "engine", "learner"] = "auto"
 
     @model_validator(mode="after")
@@ -212,17 +246,12 @@ class RunConfig(Section):
     trainer: TrainerSection = TrainerSection()
     log: LogSection = LogSection()
 
-    @field_validator("team", "task", "credit", mode="before")
-    @classmethod
-    def _short_form(cls, value: Any) -> Any:
-        return {"kind": value} if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if self.optim.minibatches > self.rollout.prompts:
             raise ValueError(
-                f"optim.minibatches is {self.optim.minibatches} but a step has only rollout.prompts = {self.rollout.prompts} "
-                "problems to split; lower it or raise rollout.prompts"
+                f"optim.minibatches is {self.optim.minibatches} but a step has only rollout.prompts = "
+                f"{self.rollout.prompts} problems to split; lower it or raise rollout.prompts"
             )
         return self
 
@@ -230,8 +259,8 @@ class RunConfig(Section):
 def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """The :class:`RunConfig` of a recipe: a YAML file, the name of one that ships with the package, or a mapping.
 
-    ``overrides`` are ``path.to.key=value`` strings, the value in YAML. Raises :class:`~ccpo.errors.UserError` that names the key, what
-    was found, what is allowed and the nearest right name.
+    ``overrides`` are ``path.to.key=value`` strings, the value in YAML. Raises :class:`~ccpo.errors.UserError` that
+    names the key, what was found, what is allowed and the nearest right name.
     """
     if isinstance(source, Mapping):
         data, where = _plain(source), "recipe"
@@ -243,7 +272,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise UserError(explain(error, RunConfig, where)) from None
+        raise UserError(explain(error, RunConfig, where, data)) from None
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -260,7 +289,8 @@ def find_recipe(source: str | Path) -> Path:
     if path.suffix in ("", ".yaml", ".yml") and path.stem in shipped and str(path.parent) in (".", "recipes"):
         return shipped[path.stem]
     raise UserError(
-        f"No recipe at {str(source)!r}: neither a file nor a shipped recipe ({', '.join(shipped)}).{nearest(path.stem, shipped)}"
+        f"No recipe at {str(source)!r}: neither a file nor a shipped recipe ({', '.join(shipped)})."
+        f"{nearest(path.stem, shipped)}"
     )
 
 
@@ -272,32 +302,14 @@ def _plain(value: Any) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise UserError(f"{path}: a recipe is a mapping of sections (run, model, team, task, …); found {type(data).__name__}")
+        raise UserError(
+            f"{path}: a recipe is a mapping of sections (run, model, team, task, …); found {type(data).__name__}"
+        )
     return data
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses a key given twice and reads ``1e-6`` as a number (plain YAML 1.1 reads it as text)."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d[\d_]*\.?\d*(?:[eE][-+]?\d+)|\d[\d_]*\.\d*|\.\d+(?:[eE][-+]?\d+)?|\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
 
 
 def _apply(data: dict[str, Any], override: str) -> None:
@@ -305,14 +317,14 @@ def _apply(data: dict[str, Any], override: str) -> None:
     if not equals or not path.strip():
         raise UserError(f"--set {override!r}: expected path.to.key=value, for example trainer.steps=50")
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = parse_yaml(text)
     except yaml.YAMLError:
         value = text
     *parents, key = path.strip().split(".")
     node = data
-    for parent in parents:
+    for depth, parent in enumerate(parents, start=1):
         child = node.get(parent)
-        if isinstance(child, str) and parent in ("team", "task", "credit"):
+        if isinstance(child, str) and _is_part(parents[:depth]):
             child = {"kind": child}
         if child is None:
             child = {}
@@ -320,38 +332,10 @@ def _apply(data: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override!r}: {parent!r} holds {child!r}, which has no key {key!r}")
         node[parent] = child
         node = child
-    if key == "kind" and parents and parents[-1] in ("team", "task", "credit") and node.get("kind") != value:
+    if key == "kind" and _is_part(parents) and node.get("kind") != value:
         node.clear()  # another kind has other arguments: those of the old one do not carry over
     node[key] = value
 
 
-def explain(error: ValidationError, model: type[BaseModel], where: str) -> str:
-    """Pydantic's complaints as sentences: the path of the key, what was found, what is allowed, the nearest name."""
-    lines = []
-    for e in error.errors():
-        path = ".".join(str(p) for p in e["loc"]) or "recipe"
-        if e["type"] == "extra_forbidden":
-            allowed = _keys_at(model, e["loc"][:-1])
-            lines.append(f"{where}: {path}: unknown key. Allowed: {', '.join(allowed)}.{nearest(str(e['loc'][-1]), allowed)}")
-        elif e["type"] == "missing":
-            lines.append(f"{where}: {path}: this key is required.")
-        else:
-            found = repr(e["input"])
-            found = found if len(found) <= 80 else found[:77] + "…"
-            message = e["msg"].removeprefix("Value error, ")
-            hint = ""
-            if e["type"] == "literal_error" and isinstance(e["input"], str):
-                hint = nearest(e["input"], re.findall(r"'([^']+)'", e["ctx"]["expected"]))
-            lines.append(f"{where}: {path}: found {found}. {message}.{hint}".replace("..", "."))
-    return "\n".join(lines)
-
-
-def _keys_at(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
-    current: Any = model
-    for step in loc:
-        fields = getattr(current, "model_fields", {})
-        if step in fields:
-            annotation = fields[step].annotation
-            args = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type) and issubclass(a, BaseModel)]
-            current = args[-1] if args else annotation
-    return list(getattr(current, "model_fields", {}))
+def _is_part(path: Sequence[str]) -> bool:
+    return path in (["team"], ["task"], ["credit"]) or (path[:2] == ["eval", "tasks"] and len(path) == 3)

@@ -54,9 +54,16 @@ def _speaking(voice: Voice, sitting: Sitting) -> Voice:
 
 
 def _report(
-    team: Team | PlayTeam, task: Task, problems: Sequence[Problem], voices: Mapping[str, Voice], limits: Limits, sitting: Sitting
+    team: Team | PlayTeam,
+    task: Task,
+    problems: Sequence[Problem],
+    voices: Mapping[str, Voice],
+    limits: Limits,
+    sitting: Sitting,
 ) -> dict[str, Any]:
-    removals: frozenset[Coalition] = frozenset((name,) for name in team.agent_names) if sitting.ablations else frozenset()
+    removals: frozenset[Coalition] = (
+        frozenset((name,) for name in team.agent_names) if sitting.ablations else frozenset()
+    )
 
     def play(team: Team | PlayTeam, coalitions: frozenset[Coalition], how: Removal) -> Played:
         ask = Ask(samples=sitting.samples, coalitions=coalitions, draws=None, removal=how)
@@ -71,7 +78,9 @@ def _report(
     ks = [2**i for i in range(sitting.samples.bit_length()) if 2**i <= sitting.samples]
     solved = [int(c) for c in (joint.reward_PN >= SOLVED).sum(1)]
     report["pass@k"] = {str(k): sum(pass_at_k(sitting.samples, c, k) for c in solved) / len(solved) for k in ks}
-    report["majority@k"] = {str(k): sum(_majority(group.rollouts[:k]) for group in joint.groups) / len(problems) for k in ks}
+    report["majority@k"] = {
+        str(k): sum(_majority(group.rollouts[:k]) for group in joint.groups) / len(problems) for k in ks
+    }
     if not sitting.ablations:
         return report
     blank = play(team, removals, Removal.BLANK)
@@ -79,7 +88,8 @@ def _report(
     report["blank"] = {c[0]: interval(_means(blank, c)) for c in sorted(removals)}
     if isinstance(team, Team):
         report["alone"] = {
-            name: interval(play(team.alone(name), frozenset(), Removal.DROP).reward_PN.mean(1).tolist()) for name in team.agent_names
+            name: interval(play(team.alone(name), frozenset(), Removal.DROP).reward_PN.mean(1).tolist())
+            for name in team.agent_names
         }
     return report
 
@@ -133,5 +143,3 @@ def headline(reports: Mapping[str, Mapping[str, Any]], team: Team | PlayTeam, su
         solo = alone[team.decider]["mean"] if team.decider else sum(v["mean"] for v in alone.values()) / len(alone)
         flat[f"solo_{suffix}"] = solo
     return flat
-
-

@@ -74,7 +74,9 @@ class Sinks:
                 log.warning("%s could not be closed: %s", name, error)
 
 
-def make_sinks(folder: Path, *, tensorboard: bool, wandb: bool, trackio: bool, project: str, name: str, config: Mapping[str, Any]) -> Sinks:
+def make_sinks(
+    folder: Path, *, tensorboard: bool, wandb: bool, trackio: bool, project: str, name: str, config: Mapping[str, Any]
+) -> Sinks:
     """The sinks asked for. TensorBoard is used where it is installed; wandb and trackio are asked for by name, so that their
     absence is an error (UserError)."""
     makers: dict[str, Callable[[], Sink]] = {}
@@ -84,6 +86,8 @@ def make_sinks(folder: Path, *, tensorboard: bool, wandb: bool, trackio: bool, p
         if not wanted:
             continue
         if importlib.util.find_spec(module) is None:
-            raise UserError(f"log.{module} is true but {module} is not installed; pip install 'ccpo[{module}]' or set log.{module}=false")
+            raise UserError(
+                f"log.{module} is true but {module} is not installed; pip install 'ccpo[{module}]' or set log.{module}=false"
+            )
         makers[module] = lambda module=module: RunSink(importlib.import_module(module), project, name, config)
     return Sinks(makers)

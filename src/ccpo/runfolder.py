@@ -61,12 +61,16 @@ class RunFolder:
                     "(--set run.dir=PATH), or replace it (--set run.overwrite=true)"
                 )
             if not self.recipe.is_file():
-                raise UserError(f"{self.path} holds files but no run (no recipe.json), so it is not deleted; choose another run.dir")
+                raise UserError(
+                    f"{self.path} holds files but no run (no recipe.json), so it is not deleted; choose another run.dir"
+                )
             shutil.rmtree(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make the run folder {self.path}: {error.strerror}; choose another run.dir") from None
+            raise UserError(
+                f"cannot make the run folder {self.path}: {error.strerror}; choose another run.dir"
+            ) from None
 
     def append(self, path: Path, record: Mapping[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:

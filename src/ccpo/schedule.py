@@ -22,7 +22,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if not self.agents:
-            raise UserError("every agent is frozen: nothing would be trained. Unfreeze one (agents.NAME.frozen: false) or use ccpo eval")
+            raise UserError(
+                "every agent is frozen: nothing would be trained. Unfreeze one (agents.NAME.frozen: false) or use ccpo eval"
+            )
         if self.first is not None and self.first not in self.agents:
             raise UserError(
                 f"trainer.first is {self.first!r}, which is not an agent that is trained ({', '.join(self.agents)})."

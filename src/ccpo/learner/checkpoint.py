@@ -24,7 +24,7 @@ import torch
 from ccpo.errors import RunFailure, UserError
 from ccpo.learner import lora as adapters
 from ccpo.learner.loading import quiet
-from ccpo.learner.manifest import MANIFEST, flush, read_manifest, verify, write_manifest
+from ccpo.learner.manifest import flush, read_manifest, verify, write_manifest
 from ccpo.learner.policies import Policy
 from ccpo.learner.state import random_state, read_state, restore_random_state, write_state
 from ccpo.learner.update import Learner
@@ -105,12 +105,8 @@ def load_checkpoint(
 def list_checkpoints(run: str | Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first, by their names alone."""
     place = Path(run) / FOLDER
-    found = [
-        (int(m[1]), p)
-        for p in (place.iterdir() if place.is_dir() else ())
-        if (m := _NAME.fullmatch(p.name)) and p.is_dir()
-    ]
-    return [path for _, path in sorted(found)]
+    folders = [p for p in place.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()] if place.is_dir() else []
+    return sorted(folders, key=_step)
 
 
 def find_checkpoint(run: str | Path) -> Path | None:
@@ -129,13 +125,21 @@ def verify_checkpoint(checkpoint: str | Path) -> int:
     wrong = verify(folder)
     if wrong is None:
         return read_manifest(folder)["step"]
-    older = [c for c in list_checkpoints(folder.parent.parent) if c.name < folder.name]
+    run = folder.parent.parent
+    older = [c for c in list_checkpoints(run) if _step(c) < _step(folder)]
     sound = next((c for c in reversed(older) if verify(c) is None), None)
     if sound is None:
         offer = "There is no sound checkpoint before it: start the run again."
     else:
-        offer = f"{sound.name} before it is sound: remove {folder} and resume again, with ccpo train --resume {folder.parent.parent}."
+        offer = (
+            f"{sound.name} before it is sound: remove {folder} and go on from there, with ccpo train --resume {run}."
+        )
     raise UserError(f"the checkpoint {folder} is damaged: {wrong}. {offer}")
+
+
+def _step(checkpoint: Path) -> int:
+    match = _NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else 0
 
 
 def _write(folder: Path, step: int, policies: Mapping[str, Policy], learner: Learner, extra: Mapping[str, Any]) -> None:
@@ -218,6 +222,3 @@ def _load_optimizers(learner: Learner, folder: Path) -> None:
                 "its own."
             )
         optimizer.load(load_file(file), str(file))
-
-
-__all__ = ["MANIFEST", "find_checkpoint", "list_checkpoints", "load_checkpoint", "save_checkpoint", "verify_checkpoint"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +41,7 @@ def load_model(
     options = {} if chosen is None else {"attn_implementation": chosen}
     with quiet(), _explained(path):
         model, report = AutoModelForCausalLM.from_pretrained(
-            path,
+            absolute(path),
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
@@ -59,20 +61,26 @@ def load_model(
             raise UserError(
                 f"model.gradient_checkpointing: {type(model).__name__} does not support it; set it to false."
             )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    _make_savable(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it has another name in newer versions of transformers
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with _explained(path, "generation config of"):
+        _make_savable(model)
     return model.to(device).eval()
 
 
 def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer at ``path``. It needs an end token; a padding token it does not need (padding is done by mask).
 
-    Raises UserError where there is no tokenizer, or it has no end token.
+    Raises UserError where there is no tokenizer, an empty one, or one without an end token.
     """
     from transformers import AutoTokenizer
 
     with quiet(), _explained(path, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **_where(path))
+        tokenizer = AutoTokenizer.from_pretrained(absolute(path), trust_remote_code=trust_remote_code, **_where(path))
+    if len(tokenizer.get_vocab()) == len(tokenizer.get_added_vocab()):
+        # what some families make of a folder without tokenizer files, in silence
+        raise UserError(f"{path!r} holds no tokenizer; save it there with tokenizer.save_pretrained.")
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {path!r} has no end token, so no completion could ever end; set eos_token in its "
@@ -142,6 +150,8 @@ def _hub(name: str) -> dict[str, Any]:
 
     try:
         huggingface_hub.model_info(name, timeout=PROBE_SECONDS)
+    except errors.HFValidationError as error:
+        raise UserError(f"{name!r} is neither a local folder nor a model name: {error}") from None
     except errors.GatedRepoError:
         raise UserError(
             f"the model {name!r} is gated; accept its terms on huggingface.co and log in (hf auth login)."
@@ -151,8 +161,6 @@ def _hub(name: str) -> dict[str, Any]:
             f"there is no model {name!r}: neither a local folder nor a public model on huggingface.co (a private one "
             "needs hf auth login)."
         ) from None
-    except errors.HFValidationError as error:
-        raise UserError(f"{name!r} is neither a local folder nor a model name: {error}") from None
     except Exception as error:  # the hub's client lets its HTTP library's own errors through, and that library changes
         if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
             return {"local_files_only": True}
@@ -182,11 +190,17 @@ def _explained(path: str, what: str = "model") -> Iterator[None]:
 def _reason(path: str, what: str, error: Exception) -> str:
     text = str(error)
     if "Unrecognized configuration class" in text and what == "model":
-        return f"{path!r} is not a causal language model ({text.split('<class')[1].split('>')[0].split('.')[-1].strip(chr(39))}); choose one that is."
+        kind = re.search(r"(\w+)'>", text)
+        return f"{path!r} is not a causal language model{f' ({kind[1]})' if kind else ''}; choose one that is."
     if "safetensors" in text and "no file named" in text:
-        return f"{path!r} holds no weights in safetensors; convert them (model.save_pretrained(folder)): pickled weights are not read."
+        return (
+            f"{path!r} holds no weights in safetensors (pickled ones are not read); save it again with save_pretrained."
+        )
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{path!r} does not fit in the device's memory; use model.weights: bfloat16, model.sharing: lora, or a smaller model."
+        return (
+            f"{path!r} does not fit in the device's memory; use model.weights: bfloat16, model.sharing: lora, or a "
+            "smaller model."
+        )
     if "trust_remote_code" in text:
         return f"{path!r} brings code of its own; set model.trust_remote_code: true if you trust it."
     return f"the {what} {path!r} cannot be loaded: {_short(error)}"
@@ -206,6 +220,7 @@ def _make_savable(model: Any) -> None:
         settings.validate(strict=True)
     except ValueError:
         settings.do_sample = True
+        settings.validate(strict=True)
 
 
 @contextmanager

@@ -53,7 +53,9 @@ def wrap(base: nn.Module, configs: Mapping[str, Any]) -> nn.Module:
     first, *others = configs
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")  # peft sets it right for Conv1D, and says so
+            # peft tells of what it sets right for Conv1D, of names it would confuse in loading (here they are
+            # matched from their end), and of transformers' renamed properties
+            warnings.simplefilter("ignore")
             model = get_peft_model(base, configs[first], adapter_name=first)
             for name in others:
                 model.add_adapter(name, configs[name])
@@ -69,11 +71,12 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
     Names are matched from their end, since an agent may be called like a module (``model``, ``mlp``).
     """
-    own = re.compile(rf"(.*\.lora_(?:embedding_)?[AB])\.{re.escape(name)}(\.weight)?")
+    matrix = re.compile(rf"(.*\.lora_[AB])\.{re.escape(name)}(\.weight)")
+    embedding = re.compile(rf"(.*\.lora_embedding_[AB])\.{re.escape(name)}()")
     found = {}
     for key, parameter in model.named_parameters():
-        if match := own.fullmatch(key):
-            found[match[1] + (match[2] or "")] = parameter
+        if match := matrix.fullmatch(key) or embedding.fullmatch(key):
+            found[match[1] + match[2]] = parameter
     return found
 
 

@@ -23,7 +23,8 @@ class Meters:
 
     def mean(self, agent: str, name: str, value: Tensor | float, weight: float = 1.0) -> None:
         """Give a mean one more value."""
-        self._means.setdefault(f"actor/{agent}/{name}", []).append((torch.as_tensor(value).detach(), weight))
+        scalar = value.detach() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        self._means.setdefault(f"actor/{agent}/{name}", []).append((scalar, weight))
 
     def tokens(self, agent: str, metrics: Mapping[str, Tensor], tokens: int) -> None:
         """Means over ``tokens`` tokens, or maxima where the name ends in ``_max``."""

@@ -171,8 +171,7 @@ def _check(specs: Sequence[PolicySpec], sharing: str) -> None:
             if adapter_base(spec.model_path) is not None:
                 raise UserError(
                     f"{spec.model_path!r} is a LoRA adapter, not a whole model; set model.sharing: lora, or merge it "
-                    "into its "
-                    "base first (PeftModel.merge_and_unload)."
+                    "into its base first (PeftModel.merge_and_unload)."
                 )
 
 

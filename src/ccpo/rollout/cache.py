@@ -63,7 +63,9 @@ class CounterfactualCache:
         return {key: [signature, rewards] for key, (signature, rewards) in self.entries.items()}
 
     def load_json(self, data: dict[str, Any]) -> None:
-        self.entries = {key: (str(signature), [float(r) for r in rewards]) for key, (signature, rewards) in data.items()}
+        self.entries = {
+            key: (str(signature), [float(r) for r in rewards]) for key, (signature, rewards) in data.items()
+        }
 
 
 def _key(problem: str, coalition: Coalition) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,7 @@ class Stage:
     kept: Mapping[Call, Turn] = field(default_factory=dict)
     calls: dict[Call, Turn] = field(default_factory=dict)
     fresh: list[Turn] = field(default_factory=list)
+    spoken: int = 0
     text: str = ""
     reward: float = 0.0
     answer: str | None = None
@@ -43,6 +45,7 @@ class Stage:
 class _Wish:
     stage: Stage
     call: Call
+    number: int
     future: asyncio.Future[Turn]
 
 
@@ -58,7 +61,9 @@ class PlayWalker:
     def play(self, problems: Sequence[Problem], ask: Ask, *, seed: int, step: int) -> Played:
         """Sample and score, as ``Walker.play``. Raises UserError where ``play`` names an unknown agent or returns no text."""
         if ask.removal is Removal.FROZEN:
-            raise UserError("rollout.removal 'frozen' is not available for a team that is a Python function; use drop or blank")
+            raise UserError(
+                "rollout.removal 'frozen' is not available for a team that is a Python function; use drop or blank"
+            )
         clock = time.monotonic()
         joint = [Stage(slot=s, problem=p, rollout=n) for s, p in enumerate(problems) for n in range(ask.samples)]
         self._perform(joint, ask, seed, step)
@@ -80,7 +85,7 @@ class PlayWalker:
 
     def _perform(self, stages: Sequence[Stage], ask: Ask, seed: int, step: int) -> None:
         if stages:
-            asyncio.run(self._all(stages, ask, seed, step))
+            _run(self._all(stages, ask, seed, step))
 
     async def _all(self, stages: Sequence[Stage], ask: Ask, seed: int, step: int) -> None:
         wishes: list[_Wish] = []
@@ -103,24 +108,39 @@ class PlayWalker:
 
         async def speak(agent: str, template: str, /, **messages: str | None) -> str | None:
             if agent not in self.team.agent_names:
-                raise UserError(f"play asked for agent {agent!r}; the team has {', '.join(self.team.agent_names)}." + nearest(agent, self.team.agent_names))
+                raise UserError(
+                    f"play asked for agent {agent!r}; the team has {', '.join(self.team.agent_names)}."
+                    + nearest(agent, self.team.agent_names)
+                )
             if agent in stage.removed:
                 return {Removal.DROP: None, Removal.BLANK: "", Removal.PLACEHOLDER: ask.placeholder}[ask.removal]
+            _check_texts(agent, template, messages)
             question = (agent, template, tuple(sorted(messages.items())))
             call = (*question, asked[question])
             asked[question] += 1
+            stage.spoken += 1
+            number = stage.spoken  # now: others may speak before the answer is there
             turn = stage.kept.get(call)
             if turn is None:
                 future: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
-                wishes.append(_Wish(stage, call, future))
+                wishes.append(_Wish(stage, call, number, future))
                 turn = await future
                 stage.fresh.append(turn)
             stage.calls[call] = turn
             return turn.message
 
-        text = await self.team.play(stage.problem, speak)
+        try:
+            text = await self.team.play(stage.problem, speak)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"play of team {self.team.name!r} raised {type(error).__name__} on problem {stage.problem.id!r}: {error}"
+            ) from error
         if not isinstance(text, str):
-            raise UserError(f"play of team {self.team.name!r} returned {type(text).__name__}; it must return the answer's text")
+            raise UserError(
+                f"play of team {self.team.name!r} returned {type(text).__name__}; it must return the answer's text"
+            )
         stage.text = text
 
     def _answer(self, wishes: Sequence[_Wish], seed: int, step: int) -> None:
@@ -145,7 +165,19 @@ class PlayWalker:
                 requests.append(
                     Request(
                         prompt_ids=prompt.ids,
-                        seed=seed_of(seed, step, stage.slot, agent, template, messages, count, *stage.removed, stage.rollout, stage.draw),
+                        seed=seed_of(
+                            seed,
+                            step,
+                            stage.problem.id,
+                            stage.problem.text,
+                            agent,
+                            template,
+                            messages,
+                            count,
+                            *stage.removed,
+                            stage.rollout,
+                            stage.draw,
+                        ),
                         max_tokens=sampling.max_tokens,
                         temperature=sampling.temperature,
                         top_p=sampling.top_p,
@@ -158,7 +190,7 @@ class PlayWalker:
                 agent = wish.call[0]
                 wish.future.set_result(
                     Turn(
-                        name=f"{agent}_{len(wish.stage.calls) + 1}",
+                        name=f"{agent}_{wish.number}",
                         agent=agent,
                         policy=self.voices[agent].policy,
                         prompt=prompt.text,
@@ -191,11 +223,17 @@ class PlayWalker:
             Group(
                 problem=problem,
                 rollouts=tuple(
-                    Rollout(turns=tuple(s.calls.values()), answer=s.answer, reward=s.reward) for s in joint[slot * N : (slot + 1) * N]
+                    Rollout(turns=tuple(s.calls.values()), answer=s.answer, reward=s.reward)
+                    for s in joint[slot * N : (slot + 1) * N]
                 ),
                 counterfactuals=tuple(
                     Counterfactual(
-                        removed=s.removed, rollout=s.rollout, draw=s.draw, turns=tuple(s.fresh), answer=s.answer, reward=s.reward
+                        removed=s.removed,
+                        rollout=s.rollout,
+                        draw=s.draw,
+                        turns=tuple(s.fresh),
+                        answer=s.answer,
+                        reward=s.reward,
                     )
                     for group in lanes.values()
                     for s in group
@@ -205,7 +243,9 @@ class PlayWalker:
             for slot, problem in enumerate(problems)
         )
         spoken = {"joint": joint, "counterfactual": every[len(joint) :]}
-        tokens = {kind: sum(len(t.completion.token_ids) for s in stages for t in s.fresh) for kind, stages in spoken.items()}
+        tokens = {
+            kind: sum(len(t.completion.token_ids) for s in stages for t in s.fresh) for kind, stages in spoken.items()
+        }
         return Played(
             groups=groups,
             reward_PN=torch.tensor([s.reward for s in joint]).reshape(P, N),
@@ -218,3 +258,20 @@ class PlayWalker:
             },
             seconds=seconds,
         )
+
+
+def _check_texts(agent: object, template: object, messages: Mapping[str, object]) -> None:
+    for name, value in {"the template": template, **messages}.items():
+        if not isinstance(value, str) and (value is not None or value is template):
+            raise UserError(f"play asked {agent!r} with {name} = {value!r}; it must be a text")
+
+
+def _run(coroutine: Coroutine[object, object, None]) -> None:
+    """Run to the end, in a thread of its own where a loop is running already (a notebook)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        asyncio.run(coroutine)
+        return
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pool.submit(asyncio.run, coroutine).result()

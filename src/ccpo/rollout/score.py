@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from ccpo.errors import UserError
 from ccpo.rollout.lanes import Lane
 from ccpo.rollout.voices import Limits
 from ccpo.tasks.base import Task
@@ -25,9 +26,9 @@ def score_lanes(team: Team, task: Task, lanes: Sequence[Lane], limits: Limits) -
     places: list[tuple[Lane, str]] = []
     for lane in lanes:
         for name in team.decision.reads:
-            text = _ballot_text(lane, name)
-            if text is not None and not (limits.truncated_is_zero and _truncated(lane.turn(name))):
-                pairs.append((lane.problem, text))
+            turn = lane.turn(name)  # a text that stands in a removed agent's place is heard, but has no vote
+            if turn is not None and not (limits.truncated_is_zero and _truncated(turn)):
+                pairs.append((lane.problem, turn.completion.text))
                 places.append((lane, name))
     verdicts: dict[tuple[int, str], Verdict] = {
         (id(lane), name): verdict for (lane, name), verdict in zip(places, task.verify(pairs), strict=True)
@@ -52,12 +53,22 @@ def _score_function(team: Team, task: Task, lanes: Sequence[Lane], limits: Limit
     texts = []
     for lane in lanes:
         messages = {name: text for name in team.decision.reads if (text := _ballot_text(lane, name)) is not None}
-        texts.append(team.decision.fn(lane.problem, messages) if messages else "")
+        texts.append(_called(team, lane.problem, messages) if messages else "")
     verdicts = task.verify([(lane.problem, text) for lane, text in zip(lanes, texts, strict=True)])
     for lane, verdict in zip(lanes, verdicts, strict=True):
         lane.answer = verdict.answer
         lane.reward = 0.0 if _void(team, lane, limits) else verdict.score
         lane.scores = {name: 0.0 for name in team.decision.reads}
+
+
+def _called(team: Team, problem: Problem, messages: Mapping[str, str]) -> str:
+    text = team.decision.fn(problem, messages)
+    if not isinstance(text, str):
+        raise UserError(
+            f"the decision function of team {team.name!r} returned {text!r} on problem {problem.id!r}; it must return the "
+            "answer's text"
+        )
+    return text
 
 
 def _void(team: Team, lane: Lane, limits: Limits) -> bool:
@@ -70,7 +81,7 @@ def _truncated(turn: Turn | None) -> bool:
 
 
 def _ballot_text(lane: Lane, name: str) -> str | None:
-    """The raw text that is verified: what the turn said, or what stands in its place; None where it is gone."""
+    """What a decision function is shown: the turn's raw text, or what stands in its place; None where it is gone."""
     turn = lane.turn(name)
     return turn.completion.text if turn is not None else lane.message(name)
 

@@ -69,7 +69,9 @@ class Walker:
         """Sample and score. The result depends on the seed, the step, the problems and the policies alone."""
         clock = time.monotonic()
         joint = [
-            Lane(slot=slot, problem=problem, rollout=n) for slot, problem in enumerate(problems) for n in range(ask.samples)
+            Lane(slot=slot, problem=problem, rollout=n)
+            for slot, problem in enumerate(problems)
+            for n in range(ask.samples)
         ]
         plans = {c: self.team.plan(c, ask.removal, ask.placeholder) for c in sorted(ask.coalitions)}
         cached: dict[tuple[Coalition, int], list[float]] = {}
@@ -78,7 +80,9 @@ class Walker:
             known = self._from_cache(problems, plan, ask, step)
             cached.update(known)
             lanes[coalition] = [
-                lane for lane in _counterfactual_lanes(joint, problems, plan, ask) if (coalition, lane.slot) not in known
+                lane
+                for lane in _counterfactual_lanes(joint, problems, plan, ask)
+                if (coalition, lane.slot) not in known
             ]
         every = [*joint, *(lane for group in lanes.values() for lane in group)]
         self._decode(every, seed, step)
@@ -104,7 +108,9 @@ class Walker:
     def _voice(self, lane: Lane, spec: TurnSpec) -> Voice:
         if lane.fate(spec.name) is Fate.FROZEN:
             if spec.agent not in self.frozen:
-                raise UserError(f"removal 'frozen' needs an earlier policy of agent {spec.agent!r}, and there is none in this run")
+                raise UserError(
+                    f"removal 'frozen' needs an earlier policy of agent {spec.agent!r}, and there is none in this run"
+                )
             return self.frozen[spec.agent]
         return self.voices[spec.agent]
 
@@ -113,7 +119,9 @@ class Walker:
         requests = [
             Request(
                 prompt_ids=prompt.ids,
-                seed=seed_of(seed, step, lane.slot, spec.name, *lane.removed, lane.rollout, lane.draw),
+                seed=seed_of(
+                    seed, step, lane.problem.id, lane.problem.text, spec.name, *lane.removed, lane.rollout, lane.draw
+                ),
                 max_tokens=min(spec.max_tokens or voice.sampling.max_tokens, voice.sampling.max_tokens),
                 temperature=voice.sampling.temperature,
                 top_p=voice.sampling.top_p,
@@ -163,7 +171,7 @@ class Walker:
         if not plan.per_problem or plan.free:
             return
         signature = self._signature(plan)
-        lasting = not any(spec.agent in ask.training for spec in plan.decoded)
+        lasting = not any(spec.agent in ask.training for spec in plan.redo)
         rewards: dict[str, list[float]] = defaultdict(list)
         for lane in lanes:
             rewards[lane.problem.id].append(lane.reward)
@@ -235,7 +243,9 @@ def _gather(
         Group(
             problem=problem,
             rollouts=tuple(
-                Rollout(turns=tuple(lane.all_turns(team)), answer=lane.answer, reward=lane.reward, scores=dict(lane.scores))
+                Rollout(
+                    turns=tuple(lane.all_turns(team)), answer=lane.answer, reward=lane.reward, scores=dict(lane.scores)
+                )
                 for lane in joint[slot * N : (slot + 1) * N]
             ),
             counterfactuals=tuple(counterfactuals[slot]),

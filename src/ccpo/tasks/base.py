@@ -107,7 +107,7 @@ def _one_by_one(verifier: Verifier) -> Callable[[Sequence[Pair]], list[Verdict]]
                 verdicts.append(verifier(problem, text))
             except Exception as error:
                 warnings.warn(
-                    f"the verifier {_called(verifier)} raised {type(error).__name__} on problem {problem.id!r}: {error}",
+                    f"the verifier {_called(verifier)} raised {type(error).__name__} on {problem.id!r}: {error}",
                     stacklevel=2,
                 )
                 verdicts.append(Verdict(score=0.0, answer=None, status=VerdictStatus.ERROR))

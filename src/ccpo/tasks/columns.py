@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from decimal import Decimal
 from enum import StrEnum
 from string import ascii_uppercase
 from typing import Any
@@ -45,7 +46,7 @@ IDS = ("id", "unique_id", "problem_id", "question_id", "qid", "_id", "uuid")
 KEPT = ("subject", "level", "type", "category", "difficulty")
 
 
-class BadRow(ValueError):
+class BadRowError(ValueError):
     """A row that is no problem; the message says what was found in it."""
 
 
@@ -92,6 +93,7 @@ def recognise(
     asked = question or first(QUESTIONS) or first(("prompt",))
     if asked is None:
         raise _missing("question", QUESTIONS, names)
+    others = [name for name in names if name != asked]
     shared = {
         "question": asked,
         "id": id or first(IDS),
@@ -101,7 +103,7 @@ def recognise(
     if options:
         settled = answer or first(CHOICE_ANSWERS)
         if settled is None:
-            raise _missing("answer", CHOICE_ANSWERS, names)
+            raise _missing("answer", CHOICE_ANSWERS, others)
         return Layout(kind=Kind.CHOICE, answer=settled, choices=options, **shared)
     if answer is None and verl:
         return Layout(kind=Kind.GRADED, answer=by_case["reward_model"] + ".ground_truth", **shared)
@@ -110,15 +112,14 @@ def recognise(
         return Layout(kind=Kind.PLAIN, answer=settled, **shared)
     if solution := first(("solution",)):
         return Layout(kind=Kind.SOLUTION, answer=solution, **shared)
-    raise _missing("answer", (*ANSWERS, "solution", "reward_model"), names)
+    raise _missing("answer", (*ANSWERS, "solution", "reward_model"), others)
 
 
-def _missing(role: str, known: Iterable[str], names: list[str]) -> UserError:
-    near = next((hint for name in names if (hint := nearest(name.lower(), known))), "")
-    hint = f" One of them looks like it:{near}" if near else ""
-    return UserError(
-        f"no column holds the {role}; there are {', '.join(names) or 'no columns'}. Name it: {role}: COLUMN.{hint}"
-    )
+def _missing(role: str, known: Iterable[str], columns: list[str]) -> UserError:
+    """``columns`` are those that might be meant."""
+    near = next((hint for name in known if (hint := nearest(name, columns))), "")
+    there = ", ".join(columns) or "nothing else"
+    return UserError(f"no column holds the {role}; there is {there}. Name it: {role}: COLUMN.{near}")
 
 
 def _choice_columns(by_case: Mapping[str, str]) -> tuple[str, ...]:
@@ -137,7 +138,7 @@ def _choice_columns(by_case: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def problem_of(fields: Mapping[str, Any], layout: Layout, *, identity: str, source: str) -> Problem:
-    """The problem in a row. Raises BadRow."""
+    """The problem in a row. Raises BadRowError."""
     text = _question(_get(fields, layout.question), layout.question)
     kept = {
         name: value
@@ -174,7 +175,7 @@ def _encodable(text: str, column: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRow(f"{column!r} holds bytes that are not UTF-8") from None
+        raise BadRowError(f"{column!r} holds bytes that are not UTF-8") from None
     return text
 
 
@@ -182,12 +183,12 @@ def _question(value: Any, column: str) -> str:
     if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
         users = [message.get("content") for message in value if message.get("role") == "user"]
         if not users or not all(isinstance(content, str) for content in users):
-            raise BadRow(f"{column!r} is a list of messages without a text from the user")
+            raise BadRowError(f"{column!r} is a list of messages without a text from the user")
         value = "\n\n".join(users)
     if not isinstance(value, str):
-        raise BadRow(f"{column!r} is {_described(value)}; it must be a text")
+        raise BadRowError(f"{column!r} is {_described(value)}; it must be a text")
     if not value.strip():
-        raise BadRow(f"{column!r} is empty")
+        raise BadRowError(f"{column!r} is empty")
     return _encodable(value.strip(), column)
 
 
@@ -202,14 +203,14 @@ def _scalar(value: Any, column: str) -> str:
         return str(value).lower()
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise BadRow(f"{column!r} is {value}; an answer is a text or a finite number")
+            raise BadRowError(f"{column!r} is {value}; an answer is a text or a finite number")
         return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
-    if isinstance(value, int):
+    if isinstance(value, (int, Decimal)):
         return str(value)
     if not isinstance(value, str):
-        raise BadRow(f"{column!r} is {_described(value)}; an answer is a text or a number")
+        raise BadRowError(f"{column!r} is {_described(value)}; an answer is a text or a number")
     if not value.strip():
-        raise BadRow(f"{column!r} is empty: there is nothing to compare an answer with")
+        raise BadRowError(f"{column!r} is empty: there is nothing to compare an answer with")
     return _encodable(value.strip(), column)
 
 
@@ -218,14 +219,14 @@ def _answer(value: Any, layout: Layout) -> str:
     if layout.kind is Kind.SOLUTION:
         boxed = last_boxed(answer)
         if not boxed:
-            raise BadRow(f"{layout.answer!r} has no \\boxed{{}} with the answer")
+            raise BadRowError(f"{layout.answer!r} has no \\boxed{{}} with the answer")
         return boxed
     if "####" in answer:
         answer = answer.rsplit("####", 1)[1].strip()
         if not answer:
-            raise BadRow(f"{layout.answer!r} has nothing after its ####")
+            raise BadRowError(f"{layout.answer!r} has nothing after its ####")
     if len(answer) > LONGEST_ANSWER:
-        raise BadRow(f"{layout.answer!r} has {len(answer):,} characters; an answer has at most {LONGEST_ANSWER:,}")
+        raise BadRowError(f"{layout.answer!r} has {len(answer):,} characters; an answer has at most {LONGEST_ANSWER:,}")
     return answer
 
 
@@ -242,32 +243,34 @@ def _options(fields: Mapping[str, Any], columns: tuple[str, ...]) -> tuple[dict[
             try:
                 texts = json.loads(texts)
             except (ValueError, RecursionError):
-                raise BadRow(f"{columns[0]!r} is not a JSON list of options") from None
+                raise BadRowError(f"{columns[0]!r} is not a JSON list of options") from None
         if isinstance(texts, Mapping) and isinstance(texts.get("text"), list) and isinstance(texts.get("label"), list):
             labels, texts = [str(label) for label in texts["label"]], texts["text"]
         elif isinstance(texts, Mapping):
             present = {str(key): value for key, value in texts.items() if value is not None}
+            if all(len(key) == 1 for key in present):
+                present = dict(sorted(present.items()))
             labels, texts = list(present), list(present.values())
     where = columns[0]
     if not isinstance(texts, list) or not 2 <= len(texts) <= len(ascii_uppercase):
         found = f"{len(texts)} of them" if isinstance(texts, list) else _described(texts)
-        raise BadRow(f"{where!r} must hold 2 to 26 options; found {found}")
+        raise BadRowError(f"{where!r} must hold 2 to 26 options; found {found}")
     letters = ascii_uppercase[: len(texts)]
     options = {letter: _scalar(text, where) for letter, text in zip(letters, texts, strict=True)}
     marks = {letter: re.match(rf"\(?{letter}\s?[).:]\s*", option) for letter, option in options.items()}
     if all(mark and mark.end() < len(options[letter]) for letter, mark in marks.items()):
         options = {letter: option[marks[letter].end() :] for letter, option in options.items()}
-    return options, dict(zip(labels, letters, strict=False))
+    return options, dict(zip(map(str.casefold, labels), letters, strict=False))
 
 
 def _letter(value: Any, options: Mapping[str, str], labels: Mapping[str, str], column: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < len(options):
-            raise BadRow(f"{column!r} is {value}; as an index it lies between 0 and {len(options) - 1}")
+            raise BadRowError(f"{column!r} is {value}; as an index it lies between 0 and {len(options) - 1}")
         return list(options)[value]
     answer = _scalar(value, column)
-    if answer in labels:
-        return labels[answer]
+    if answer.casefold() in labels:
+        return labels[answer.casefold()]
     if (mark := re.fullmatch(r"\(?([A-Za-z])[).:]?", answer)) and mark.group(1).upper() in options:
         return mark.group(1).upper()
     fitting = [letter for letter, option in options.items() if same(option) == same(answer)]
@@ -275,8 +278,9 @@ def _letter(value: Any, options: Mapping[str, str], labels: Mapping[str, str], c
         return fitting[0]
     if answer.isascii() and answer.isdigit() and not fitting and int(answer[:4]) < len(options):
         return list(options)[int(answer)]
-    raise BadRow(
-        f"{column!r} is {answer[:60]!r}: neither a letter up to {list(options)[-1]}, nor an index, nor the text of one option"
+    raise BadRowError(
+        f"{column!r} is {answer[:60]!r}: neither a letter up to {list(options)[-1]}, nor an index, "
+        "nor the text of one option"
     )
 
 

@@ -54,13 +54,11 @@ def last_boxed(text: str) -> str | None:
 
 def after_marker(text: str) -> str | None:
     """The line that follows the last "answer is", "Answer:" or "####"; None where there is no such mark."""
-    last = None
-    for last in _MARKER.finditer(text):
-        pass
-    if last is None:
+    marks = list(_MARKER.finditer(text))
+    if not marks:
         return None
-    line = text[last.end() :].strip().split("\n", 1)[0]
-    return line.strip(" *_`").rstrip(".").strip() or None
+    line = text[marks[-1].end() :].strip().split("\n", 1)[0]
+    return line.lstrip(" *_`").rstrip(" *_`.") or None
 
 
 def tagged(text: str) -> str | None:

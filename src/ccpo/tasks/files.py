@@ -9,7 +9,7 @@ from typing import Literal
 
 from ccpo.errors import UserError
 from ccpo.tasks.base import ListTask, Verifier
-from ccpo.tasks.columns import BadRow, Kind, Layout, problem_of, recognise
+from ccpo.tasks.columns import BadRowError, Kind, Layout, problem_of, recognise
 from ccpo.tasks.extract import bare_latex, number
 from ccpo.tasks.rows import Row, read_rows
 from ccpo.tasks.verifiers import make_verifier
@@ -126,9 +126,9 @@ def _collect(
             continue
         try:
             if row.fields is None:
-                raise BadRow(row.trouble)
+                raise BadRowError(row.trouble)
             problem = problem_of(row.fields, layout, identity=f"{name}-{row.number}", source=name)
-        except BadRow as error:
+        except BadRowError as error:
             broken.append((row.where, str(error)))
             continue
         passed += 1

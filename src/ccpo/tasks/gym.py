@@ -52,7 +52,8 @@ class GymTask:
         checked = self._ask("check")
         if checked.status is not VerdictStatus.OK:
             raise UserError(
-                f"reasoning-gym's {self.dataset!r} refuses size {self.size} with {self.config or 'no options'}: {checked.detail}"
+                f"reasoning-gym's {self.dataset!r} refuses size {self.size} with {self.config or 'no options'}: "
+                f"{checked.detail}"
             )
 
     @property

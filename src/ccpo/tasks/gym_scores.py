@@ -26,7 +26,8 @@ _OWN_EVAL = re.compile(
     r"basic_arithmetic|bitwise_arithmetic|gsm_symbolic"
 )  # these evaluate expressions that they have made themselves
 _EXPRESSION = re.compile(r"(?:[\s\d+\-*/^(),=!]|\d\.\d*|\.\d|[A-Za-z]\w*)*")
-_NAMES = frozenset("sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log ln sqrt Abs pi Integral".split())
+_FUNCTIONS = "sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log ln sqrt Abs pi Integral"
+_NAMES = frozenset(re.findall(r"\w+", _FUNCTIONS))
 _evaluate = sympy.parse_expr
 
 
@@ -46,7 +47,7 @@ def answer(item: dict[str, Any]) -> Any:
     return min(1.0, max(0.0, score))
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=128)
 def _dataset(name: str, seed: int, size: int, config: tuple) -> Any:
     settings = _thawed(config)
     if name == "composite":

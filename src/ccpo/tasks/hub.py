@@ -20,7 +20,6 @@ class Known:
     hub: str
     config: str | None = None
     split: str = "test"
-    answer: str | None = None
 
 
 KNOWN = {
@@ -29,9 +28,9 @@ KNOWN = {
     "amc23": Known(hub="math-ai/amc23"),
     "gaokao2023en": Known(hub="MARIO-Math-Reasoning/Gaokao2023-Math-En", split="train"),
     "minervamath": Known(hub="math-ai/minervamath"),
-    "aime24": Known(hub="HuggingFaceH4/aime_2024", split="train", answer="answer"),
+    "aime24": Known(hub="HuggingFaceH4/aime_2024", split="train"),
     "aime25": Known(hub="math-ai/aime25"),
-    "medqa": Known(hub="GBaker/MedQA-USMLE-4-options", answer="answer_idx"),
+    "medqa": Known(hub="GBaker/MedQA-USMLE-4-options"),
 }
 
 
@@ -58,14 +57,15 @@ def load_hub(
     :func:`ccpo.tasks.files.load_file`. Code that comes with a data set is never run. Raises UserError if
     ``datasets`` is not installed, or the data set, its config or split cannot be had.
     """
-    known = KNOWN.get(_short(dataset), Known(hub=dataset))
+    by_hub = {known.hub.lower(): known for known in KNOWN.values()}
+    known = KNOWN.get(_short(dataset)) or by_hub.get(dataset.lower()) or Known(hub=dataset)
     split = split or known.split
     table = _fetch(known.hub, config or known.config, split, dataset)
     return task_of_rows(
         _rows(table),
         where=f"{dataset} ({split})",
         name=name or Path(dataset).name,
-        columns={"question": question, "answer": answer or known.answer, "choices": choices, "id": id},
+        columns={"question": question, "answer": answer, "choices": choices, "id": id},
         verifier=verifier,
         seconds=seconds,
         on_bad_row=on_bad_row,

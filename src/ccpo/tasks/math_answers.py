@@ -43,7 +43,7 @@ def judge_math(reference: str, answer: str) -> tuple[float, str | None]:
 
 
 def _verified(reference: str, answer: str) -> bool:
-    if _TEXT_ONLY.search(reference) or _TEXT_ONLY.search(answer):
+    if _TEXT_ONLY.search(bare_latex(reference)) or _TEXT_ONLY.search(bare_latex(answer)):
         return False
     left, right = _parsed(reference), _parsed(answer)
     return left is not None and right is not None and verify(left, right, timeout_seconds=None)
@@ -57,7 +57,7 @@ def key_of(text: str) -> str | None:
         return str(value[0])
     if not bare:
         return None
-    if _TEXT_ONLY.search(text) or (parsed := _parsed(text)) is None:
+    if _TEXT_ONLY.search(bare) or (parsed := _parsed(text)) is None:
         return bare
     try:
         key = _key(parsed)

@@ -87,17 +87,18 @@ def _json(path: Path) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:
-        more = "; one object a line is the .jsonl format" if error.msg == "Extra data" else ""
-        raise UserError(
-            f"{path}, line {error.lineno}: it is not JSON: {error.msg} at column {error.colno}{more}"
-        ) from None
+        if error.msg == "Extra data":  # one object a line, under the name .json
+            yield from _json_lines(path)
+            return
+        raise UserError(f"{path}, line {error.lineno}: it is not JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON that can be read: {type(error).__name__}") from None
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list)]
         if len(lists) != 1:
             raise UserError(
-                f"{path}: found an object with {len(lists)} lists; it must be a list of rows, or an object with one such list"
+                f"{path}: found an object with {len(lists)} lists; it must be a list of rows, "
+                "or an object with one such list"
             )
         content = lists[0]
     if not isinstance(content, list):
@@ -163,7 +164,7 @@ def _parquet(path: Path) -> Iterator[Row]:
         raise UserError(f"{path} is not a parquet file that can be read: {str(error).splitlines()[0][:200]}") from None
 
 
-_OPTION_MARK = r"^\s*{}\s*[.．、:)]?\s*"
+_OPTION_MARK = r"^\s*{}(?![A-Za-z])\s*[.．、:)]?\s*"
 
 
 def _logiqa(path: Path) -> Iterator[Row]:
@@ -188,7 +189,10 @@ def _logiqa(path: Path) -> Iterator[Row]:
 def _logiqa_row(block: list[str], start: int) -> Row:
     where = f"line {start}"
     if len(block) != 7:
-        trouble = f"found {len(block)} lines up to the next blank line; LogiQA has 7: the answer's letter, passage, question, four options"
+        trouble = (
+            f"found {len(block)} lines up to the next blank line; LogiQA has 7: "
+            "the answer's letter, passage, question, four options"
+        )
         return Row(where=where, number=start, trouble=trouble)
     answer, passage, question, *options = block
     marks = [re.match(_OPTION_MARK.format(letter), option) for letter, option in zip("ABCD", options, strict=True)]

@@ -7,6 +7,7 @@ served as if nothing had happened. POSIX only. The process ends when this one do
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import selectors
@@ -38,7 +39,7 @@ class Outcome:
     detail: str = ""
 
 
-class _Silent(Exception):
+class _SilentError(Exception):
     """The process has closed its output, or has not answered in time."""
 
 
@@ -83,7 +84,7 @@ class Sandbox:
                 outcomes.append(_outcome(reply, seconds))
                 if "died" in reply:
                     break
-        except (_Silent, OSError, ValueError) as error:
+        except (_SilentError, OSError) as error:
             self._end()
             outcomes.append(
                 Outcome(status=VerdictStatus.TIMEOUT, detail=f"the {self.kind} process fell silent: {error}")
@@ -107,7 +108,7 @@ class Sandbox:
         self._owner, self._unread = os.getpid(), b""
         try:
             self._receive(START_SECONDS)
-        except _Silent:
+        except _SilentError:
             self._process.kill()
             said = self._process.stderr.read().decode("utf-8", "replace").strip()
             self._end()
@@ -123,10 +124,8 @@ class Sandbox:
         for pipe in (process.stdin, process.stdout, process.stderr):
             pipe.close()
         if self._owner == os.getpid():
-            try:
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass  # it had ended by itself
             process.wait()
 
     def _send(self, message: Any) -> None:
@@ -142,13 +141,16 @@ class Sandbox:
             while b"\n" not in self._unread:
                 left = deadline - time.monotonic()
                 if left <= 0 or not selector.select(left):
-                    raise _Silent(f"no reply in {seconds:.0f} s")
+                    raise _SilentError(f"no reply in {seconds:.0f} s")
                 data = os.read(self._process.stdout.fileno(), 1 << 16)
                 if not data:
-                    raise _Silent("its output was closed")
+                    raise _SilentError("its output was closed")
                 self._unread += data
         line, self._unread = self._unread.split(b"\n", 1)
-        return json.loads(line)
+        try:
+            return json.loads(line)
+        except ValueError:
+            raise _SilentError("its reply was cut off") from None
 
 
 def _outcome(reply: dict[str, Any], seconds: float) -> Outcome:

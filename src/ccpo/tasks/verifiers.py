@@ -76,9 +76,9 @@ def choice_verdict(problem: Problem, text: str) -> Verdict:
     r"""1 where the letter that the text settles on is the reference's.
 
     Read in this order: the last ``\boxed{}``; what follows the last "answer is", "Answer:" or "####"; the whole
-    last line; the last "(B)"; a bare capital at the very end; the text of one option as the last line. Only letters
-    of the problem's own options (``meta["choices"]``, A–D where it has none) count; two letters in one place are an
-    abstention.
+    last line; the last "(B)"; a bare capital at the very end; a letter with a stop or bracket that heads the last
+    line. Only letters of the problem's own options (``meta["choices"]``, A–D where it has none) count; two letters
+    in one place are an abstention.
     """
     text = clean(text)
     choices = _choices(problem)
@@ -96,9 +96,10 @@ def _choices(problem: Problem) -> dict[str, str]:
 
 
 def _letter(text: str, choices: Mapping[str, str]) -> str | None:
-    for place in (last_boxed(text), after_marker(text)):
-        if place:
-            return _letter_in(place, choices)
+    if boxed := last_boxed(text):
+        return _letter_in(boxed, choices) or None
+    if (marked := after_marker(text)) and (letter := _letter_in(marked, choices)) is not None:
+        return letter or None
     line = last_line(text)
     if (lone := _LONE_LETTER.fullmatch(line)) and lone.group(1).upper() in choices:
         return lone.group(1).upper()
@@ -107,11 +108,14 @@ def _letter(text: str, choices: Mapping[str, str]) -> str | None:
     if (found := _PARENTHESISED.findall(text)) and found[-1] in choices:
         return found[-1]
     final = _FINAL_LETTER.search(text.rstrip()[-60:])
-    return final.group(1) if final and final.group(1) in choices else None
+    if final and final.group(1) in choices:
+        return final.group(1)
+    lead = _LEADING_LETTER.match(line)
+    return lead.group(1).upper() if lead and lead.group(1).upper() in choices else None
 
 
 def _letter_in(place: str, choices: Mapping[str, str]) -> str | None:
-    """The letter at the head of a place that is an answer, or the option that is written out there."""
+    """The letter at the head of an answer, or of the option that is written out there; "" where there are two."""
     if option := _option_of(place, choices):
         return option
     head = _MARKED_LETTER.match(place)
@@ -121,14 +125,18 @@ def _letter_in(place: str, choices: Mapping[str, str]) -> str | None:
     if head.group(1).islower() and rest.strip(" .)]}*$:"):
         return None  # "a dog" is no answer A
     other = _OTHER_LETTER.match(rest.lstrip("})]* "))
-    return None if other and other.group(1).upper() in choices and other.group(1).upper() != letter else letter
+    return "" if other and other.group(1).upper() in choices and other.group(1).upper() != letter else letter
 
 
 def _option_of(line: str, choices: Mapping[str, str]) -> str | None:
     """The letter of the one option whose text the line is, with its letter before it or not."""
     said = same(line).strip(" .*$")
     lead = _LEADING_LETTER.match(line)
-    if lead and lead.group(1).upper() in choices:
+    if (
+        lead
+        and (option := choices.get(lead.group(1).upper()))
+        and option.strip(" .*$") == same(line[lead.end() :]).strip(" .*$")
+    ):
         return lead.group(1).upper()
     fitting = [letter for letter, option in choices.items() if option and option.strip(" .*$") == said]
     return fitting[0] if len(fitting) == 1 else None
@@ -188,10 +196,24 @@ class Math:
         text = clean(text)
         found = last_boxed(text)
         if found is None and not self.boxed_only:
-            found = after_marker(text)
+            found = _settled(after_marker(text))
             if found is None and number(bare_latex(last_line(text)[-LONGEST_ANSWER:])):
                 found = last_line(text)
         return found if found and len(found) <= LONGEST_ANSWER else None
+
+
+_INLINE = re.compile(r"\$([^$]+)\$|\\\(([^$]+?)\\\)")
+
+
+def _settled(place: str | None) -> str | None:
+    """The formula or the number at the head of a sentence: 5 of "5 because ..."."""
+    if place is None:
+        return None
+    if inline := _INLINE.search(place):
+        return inline.group(1) or inline.group(2)
+    head, _, rest = place.partition(" ")
+    head = head.rstrip(".,;")
+    return head if rest[:1].isalpha() and number(bare_latex(head)) else place
 
 
 def _quick(reference: str, answer: str) -> Verdict | None:
