@@ -1,4 +1,4 @@
-"""A scripted engine for tests: strict about what it is asked, records it, and answers as a pure function of prompt and seed."""
+"""A scripted engine for tests: strict in what it accepts, it records it and answers by prompt and seed alone."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tiny import tiny_tokenizer
-
 from ccpo.rollout import Sampling, Voice
 from ccpo.tasks import ListTask, exact_verdict
 from ccpo.types import Completion, FinishReason, Problem, Request
+from tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -66,7 +65,9 @@ class ScriptedEngine:
         return [prompt for batch in self.calls for prompt, _ in batch]
 
 
-def voice(agent: str, engine: Any, *, max_tokens: int = 64, version: int = 0, policy: str | None = None, **sampling: Any) -> Voice:
+def voice(
+    agent: str, engine: Any, *, max_tokens: int = 64, version: int = 0, policy: str | None = None, **sampling: Any
+) -> Voice:
     return Voice(
         agent=agent,
         policy=policy or agent,
@@ -87,11 +88,11 @@ def problem(text: str, answer: str = "yes", **keys: Any) -> Problem:
 
 @dataclass
 class CountingTask:
-    """An exact task that counts what it is asked to judge."""
+    """An exact task that records what it is asked to judge, call by call."""
 
     problems: Sequence[Problem]
     name: str = "counting"
-    judged: list[tuple[str, str]] = field(default_factory=list)
+    judged: list[list[tuple[str, str]]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.problems)
@@ -100,7 +101,7 @@ class CountingTask:
         return self.problems[index]
 
     def verify(self, pairs):
-        self.judged += [(p.text, text) for p, text in pairs]
+        self.judged.append([(p.text, text) for p, text in pairs])
         return [exact_verdict(p, text) for p, text in pairs]
 
 

@@ -150,13 +150,19 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     widths: list[int] = []
     step = native.NativeEngine._step
     monkeypatch.setattr(native.NativeEngine, "_step", lambda *a: (widths.append(len(a[2])), step(*a))[1])
-    engine = make_engine(tiny_model(), TOKENIZER, dtype=torch.float32)
-    asked = [Request(prompt_ids=p, seed=i, max_tokens=2 + 4 * i) for i, p in enumerate(prompts(*range(4, 12)))]
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight[1] = 0  # a logit of 0: with these seeds no row ends early
+    engine = make_engine(model, TOKENIZER, dtype=torch.float32)
+    asked = [Request(prompt_ids=p, seed=i + 10, max_tokens=4 * i + 4) for i, p in enumerate(prompts(*range(4, 12)))]
     done = engine.generate(asked)
-    assert widths[0] == 8
-    assert widths[-1] < 3
-    for request, completion in zip(asked, done, strict=True):
-        assert engine.generate([request])[0].token_ids == completion.token_ids
+    assert [c.finish for c in done] == [FinishReason.LENGTH] * 8
+    assert widths == [8] * 7 + [6] * 8 + [4] * 4 + [3] * 4 + [2] * 4 + [1] * 4
+    widths.clear()
+    stop = done[-1].text[5:8]
+    (done,) = engine.generate([replace(asked[-1], stop=(stop,))])
+    assert done.finish is FinishReason.STOP
+    assert len(done.token_ids) <= len(widths) + 1 <= len(done.token_ids) + native.CHECK
 
 
 def test_end_tokens_of_generation_config_and_tokenizer_both_end():
@@ -225,22 +231,23 @@ def two_adapters():
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_each_adapter_speaks_for_itself():
     model = two_adapters()
-    trained = [p.requires_grad for p in model.parameters()]
+    next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)  # frozen by the user
     asked, said = mixed_requests(8, seed=3), []
     for name in ("thinker", "solver"):
         auto = make_engine(model, TOKENIZER, dtype=torch.float32, adapter=name)
         assert isinstance(auto, native.NativeEngine)
         hf = make_engine(model, TOKENIZER, kind="transformers", adapter=name)
         said.append([c.token_ids for c in auto.generate(asked)])
+        trained = [p.requires_grad for p in model.parameters()]
         assert said[-1] == [c.token_ids for c in hf.generate(asked)]
+        assert model.active_adapters == ["thinker"]
+        assert trained == [p.requires_grad for p in model.parameters()]
         model.set_adapter(name)
         with torch.no_grad():
             want = model(torch.tensor([asked[0].prompt_ids])).logits[0, -1]
         assert torch.allclose(auto.logits([asked[0].prompt_ids])[0], want, atol=1e-4)
         model.set_adapter("thinker")
     assert said[0] != said[1]
-    assert model.active_adapters == ["thinker"]
-    assert trained == [p.requires_grad for p in model.parameters()]
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")

@@ -26,7 +26,16 @@ TINY = {
     "run": {"name": "tiny", "seed": 3, "threads": 1},
     "team": {"kind": "think_solve", "prompts": {"thinker": "T{problem}:", "solver": "S{problem}[[:{thinker}]]="}},
     "task": {"kind": "digit_sum", "digits": [2, 3], "size": 200},
-    "bootstrap": {"hidden": 32, "layers": 2, "heads": 2, "kv_heads": 1, "mlp": 48, "steps": 25, "noisy_steps": 2, "batch": 32},
+    "bootstrap": {
+        "hidden": 32,
+        "layers": 2,
+        "heads": 2,
+        "kv_heads": 1,
+        "mlp": 48,
+        "steps": 25,
+        "noisy_steps": 2,
+        "batch": 32,
+    },
     "rollout": {"prompts": 4, "samples": 4, "max_tokens": 12, "max_prompt_tokens": 64},
     "optim": {"lr": 1e-3},
     "trainer": {"steps": 4, "save_every": 2},
@@ -137,8 +146,14 @@ def test_the_same_seed_gives_the_same_result_and_another_one_does_not(tmp_path):
     "sections",
     [
         {},
-        {"trainer": {"schedule": "alternating", "period": 1, "first": "thinker"}, "credit": {"kind": "ccpo_v1", "pairing": "cached"}},
-        pytest.param({"model": {"sharing": "shared"}, "optim": {"lr": 1e-3, "minibatches": 2, "epochs": 2}}, marks=pytest.mark.slow),
+        {
+            "trainer": {"schedule": "alternating", "period": 1, "first": "thinker"},
+            "credit": {"kind": "ccpo_v1", "pairing": "cached"},
+        },
+        pytest.param(
+            {"model": {"sharing": "shared"}, "optim": {"lr": 1e-3, "minibatches": 2, "epochs": 2}},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"model": {"sharing": "lora", "lora": {"rank": 2}}}, marks=pytest.mark.slow),
     ],
     ids=["separate", "alternating-cached", "shared-minibatches", "lora"],
@@ -159,7 +174,9 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path, sections):
     assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
     for step in range(1, 5):
         name = f"step-{step:06d}.jsonl.gz"
-        assert (tmp_path / "cut" / "episodes" / name).read_bytes() == (tmp_path / "whole" / "episodes" / name).read_bytes()
+        assert (tmp_path / "cut" / "episodes" / name).read_bytes() == (
+            tmp_path / "whole" / "episodes" / name
+        ).read_bytes()
 
 
 def test_a_run_without_a_checkpoint_starts_again(tmp_path):
@@ -216,9 +233,20 @@ def test_voting_costs_no_counterfactual_token(tmp_path):
     [
         {"credit": {"kind": "shared"}, "advantage": "rloo"},
         {"credit": {"kind": "ccpo_v1", "gate": "trajectory"}, "advantage": "none"},
-        {"credit": {"kind": "ccpo_v1", "skip_flat": True, "center": True}, "advantage": "reinforce++", "loss": {"kind": "reinforce++"}},
-        {"credit": {"kind": "ccpo_v2"}, "advantage": "dr_grpo", "loss": {"kind": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "dual_clip": 10.0}},
-        {"credit": {"kind": "removal"}, "loss": {"kind": "turn", "aggregate": "trajectory-mean", "kl": "k3", "kl_coef": 0.1}},
+        {
+            "credit": {"kind": "ccpo_v1", "skip_flat": True, "center": True},
+            "advantage": "reinforce++",
+            "loss": {"kind": "reinforce++"},
+        },
+        {
+            "credit": {"kind": "ccpo_v2"},
+            "advantage": "dr_grpo",
+            "loss": {"kind": "gspo", "clip_low": 3e-4, "clip_high": 4e-4, "dual_clip": 10.0},
+        },
+        {
+            "credit": {"kind": "removal"},
+            "loss": {"kind": "turn", "aggregate": "trajectory-mean", "kl": "k3", "kl_coef": 0.1},
+        },
         {"credit": {"kind": "own"}, "loss": {"kind": "cispo", "importance_cap": 2.0, "entropy_coef": 0.01}},
         {"rollout": {"removal": "blank"}},
         {"rollout": {"removal": "placeholder", "placeholder": "12"}},
@@ -292,7 +320,11 @@ def start(folder: Path, steps: int) -> subprocess.Popen:
     file.write_text(json.dumps(recipe(folder, trainer={"steps": steps, "save_every": 2})))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "ccpo", "train", str(file)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-m", "ccpo", "train", str(file)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     deadline = time.monotonic() + 90
     while len((folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []) < 3:

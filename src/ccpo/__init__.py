@@ -11,7 +11,7 @@ Everything heavy is imported when it is first used.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -26,13 +26,6 @@ _FUNCTIONS = {
 _MODULES = ("credit", "engines", "learner", "losses", "rollout", "tasks", "teams", "types")
 
 __all__ = ["__version__", *_FUNCTIONS, *_MODULES]
-
-if TYPE_CHECKING:
-    from ccpo import credit, engines, learner, losses, rollout, tasks, teams, types
-    from ccpo.config import load_recipe
-    from ccpo.errors import RunFailure, UserError
-    from ccpo.runs import open_crew, resume, train
-
 
 def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS:

@@ -1,7 +1,7 @@
 """A tiny base model of our own, for machines without a download: the stand-in for a pretrained checkpoint in the CPU recipes.
 
-It is a Qwen2 of about a million parameters with a character tokenizer, trained on a task's demonstrations of every turn of the team: first on right ones
-(the skill), then on ones of which a share is wrong (the carelessness that reinforcement learning is to cure). The result is an
+It is a Qwen2 of about a million parameters with a character tokenizer, trained on a task's demonstrations of every turn of the
+team: first on right ones (the skill), then on ones of which a share is wrong (the carelessness that reinforcement learning is to cure). The result is an
 ordinary Hugging Face folder; nothing after this file knows where it came from. It is cached by the hash of all that shaped it.
 """
 
@@ -25,7 +25,7 @@ from ccpo.learner.loading import quiet
 from ccpo.tasks.procedural import ProceduralTask
 from ccpo.teams import Team
 
-VERSION = 3  # raise it when the same section would make another model
+VERSION = 4  # raise it when the same section would make another model
 PAD, EOS = "<pad>", "<eos>"
 CONTEXT = 512
 
@@ -60,7 +60,9 @@ def bootstrap(
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     seconds = time.monotonic() - started
-    (temporary / "done.json").write_text(json.dumps({"seconds": seconds, "section": section.model_dump(), "task": repr(task)}))
+    (temporary / "done.json").write_text(
+        json.dumps({"seconds": seconds, "section": section.model_dump(), "task": repr(task)})
+    )
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     return folder, seconds
@@ -73,15 +75,27 @@ def _fingerprint(team: Team, task: ProceduralTask, section: BootstrapSection) ->
 
 
 def character_tokenizer(alphabet: str):
-    """A tokenizer with one token a character of ``alphabet`` and a padding and an end token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    """A tokenizer with one token a character of ``alphabet`` (ASCII), and a padding and an end token.
+
+    It is a byte-level BPE without merges, because ``AutoTokenizer`` gives a Qwen2 folder the Qwen2 pre-tokenizer whatever the
+    folder says: any other kind would come back as another tokenizer (a word-level one without its spaces).
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, "<unk>", *sorted(set(alphabet))])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
-    core.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS, unk_token="<unk>")
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    characters = sorted(set(alphabet))
+    if not all(c.isascii() for c in characters):
+        raise UserError(
+            f"the base model's characters must be ASCII; found {''.join(c for c in characters if not c.isascii())!r}"
+        )
+    vocabulary = {
+        token: i for i, token in enumerate([PAD, EOS, *(split.pre_tokenize_str(c)[0][0] for c in characters)])
+    }
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = split
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)
 
 
 def train_base(team: Team, task: ProceduralTask, section: BootstrapSection, report: Callable[[str], None]):
@@ -152,7 +166,9 @@ class Lessons:
         for turn in self.team.turns_in_order:
             alone = self.rng.random() < self.section.solo
             heard = {name: None if alone else said[name] for name in turn.reads}
-            said[turn.name] = self.task.teach(problem, turn.name, heard, self.rng, self._noise(turn.name) if noisy else 0.0)
+            said[turn.name] = self.task.teach(
+                problem, turn.name, heard, self.rng, self._noise(turn.name) if noisy else 0.0
+            )
             prompt = turn.render({"problem": problem.text, **heard})
             pairs.append((self._ids(prompt), [*self._ids(said[turn.name]), self.tokenizer.eos_token_id]))
         return pairs

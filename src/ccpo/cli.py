@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -20,15 +20,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Set = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. trainer.steps=50")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. trainer.steps=50")
+]
 
 
 @app.command()
 def train(
-    recipe: Annotated[Optional[str], typer.Argument(help="a recipe's file, or the name of a shipped one: demo, vote, …")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="a recipe's file, or the name of a shipped one: demo, vote, …")
+    ] = None,
     set: Set = None,
-    resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="go on with this run's folder")] = None,
-    steps: Annotated[Optional[int], typer.Option(help="with --resume: a new last step")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="go on with this run's folder")] = None,
+    steps: Annotated[int | None, typer.Option(help="with --resume: a new last step")] = None,
 ) -> None:
     """Train a team from a recipe, or go on with a run."""
     from ccpo import runs as library
@@ -54,19 +58,21 @@ def train(
 @app.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="a run's folder")],
-    data: Annotated[Optional[Path], typer.Option(help="a data file; default: the recipe's own data sets")] = None,
+    data: Annotated[Path | None, typer.Option(help="a data file; default: the recipe's own data sets")] = None,
     samples: Annotated[int, typer.Option(min=1, help="samples a problem, for pass@k and majority@k")] = 1,
-    problems: Annotated[Optional[int], typer.Option(min=1, help="problems of each data set")] = None,
-    temperature: Annotated[Optional[float], typer.Option(min=0.0, help="default: the recipe's; 1.0 with several samples")] = None,
-    json: Annotated[Optional[Path], typer.Option(help="write the report here")] = None,
+    problems: Annotated[int | None, typer.Option(min=1, help="problems of each data set")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="default: the recipe's; 1.0 with several samples")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="write the report here")] = None,
 ) -> None:
     """Evaluate a trained team: its accuracy, each agent alone, and the team without each agent."""
     from ccpo.display import evaluation_tables, progress_note
     from ccpo.evaluate import Sitting
     from ccpo.evaluate import evaluate as run_evaluation
     from ccpo.runfolder import write_json
-    from ccpo.tasks import load_file
     from ccpo.runs import open_crew
+    from ccpo.tasks import load_file
 
     tests = {data.stem: load_file(data)} if data is not None else None
     with progress_note("loading"):

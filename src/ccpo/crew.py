@@ -85,7 +85,9 @@ class Crew:
 def pick_device(config: RunConfig) -> torch.device:
     wanted = config.run.device
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device is 'cuda', but torch sees no CUDA device here; set run.device: auto, or install a CUDA build of torch")
+        raise UserError(
+            "run.device is 'cuda', but torch sees no CUDA device here; set run.device: auto, or install a CUDA build of torch"
+        )
     return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
 
 
@@ -105,9 +107,17 @@ def policy_specs(setup: Setup, paths: Mapping[str, str]) -> list[PolicySpec]:
         frozen = [a in own and own[a].frozen for a in agents]
         if any(frozen) and not all(frozen):
             still = ", ".join(a for a, f in zip(agents, frozen, strict=True) if f)
-            raise UserError(f"agents.{still}.frozen: it shares its weights with agents that are trained; set model.sharing: separate or lora")
+            raise UserError(
+                f"agents.{still}.frozen: it shares its weights with agents that are trained; set model.sharing: separate or lora"
+            )
         specs.append(
-            PolicySpec(name=name, agents=agents, model_path=paths[agents[0]], lr=rates.pop() if rates else config.optim.lr, frozen=all(frozen))
+            PolicySpec(
+                name=name,
+                agents=agents,
+                model_path=paths[agents[0]],
+                lr=rates.pop() if rates else config.optim.lr,
+                frozen=all(frozen),
+            )
         )
     return specs
 

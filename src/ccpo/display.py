@@ -44,10 +44,17 @@ class TerminalReporter(Reporter):
         tested = f" test {metrics['eval/team']:.2f}" if "eval/team" in metrics else ""
         if not self.console.is_terminal:
             if self._due() or step == total:
-                self.console.print(f"step {step}/{total} reward {reward:.3f}{tested} {metrics['seconds/step']:.2f}s", highlight=False)
+                self.console.print(
+                    f"step {step}/{total} reward {reward:.3f}{tested} {metrics['seconds/step']:.2f}s", highlight=False
+                )
             return
         if self.bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(24),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(),
+            )
             self.bar = Progress(*columns, console=self.console)
             self.bar.start()
             self.task = self.bar.add_task("training", total=total)
@@ -81,27 +88,33 @@ def before_after(result: Result) -> None:
     table.add_column("accuracy")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    for key in summary:
-        if key.endswith("_after"):
-            stem = key.removesuffix("_after")
-            before = summary.get(f"{stem}_before")
-            table.add_row(_words(stem), "" if before is None else f"{before:.3f}", f"{summary[key]:.3f}")
+    shown = [key for key in summary if key.endswith("_after")]
+    if any(key.startswith("alone_") and summary[key] == summary.get("solo_after") for key in shown):
+        shown.remove("solo_after")  # the decider by itself, who has a row already
+    for key in shown:
+        stem = key.removesuffix("_after")
+        before = summary.get(f"{stem}_before")
+        table.add_row(_words(stem), "" if before is None else f"{before:.3f}", f"{summary[key]:.3f}")
     console.print(table)
     joint, extra = summary["tokens_joint"], summary["tokens_counterfactual"]
-    console.print(f"tokens: {joint:,} joint, {extra:,} counterfactual ({extra / max(1, joint):.0%} on top)", highlight=False)
+    console.print(
+        f"tokens: {joint:,} joint, {extra:,} counterfactual ({extra / max(1, joint):.0%} on top)", highlight=False
+    )
     console.print(f"run: {escape(str(result.folder))}", highlight=False)
 
 
 def _words(stem: str) -> str:
     kind, _, agent = stem.partition("_")
-    return {"team": "team", "solo": "decider alone" if not agent else stem}.get(kind, f"{kind} {agent}")
+    return {"team": "team", "solo": "one agent alone (mean)"}.get(stem, f"{kind} {agent}")
 
 
 def evaluation_tables(reports: Mapping[str, Mapping[str, Any]], checkpoint: Path) -> None:
     """A table for each data set."""
     console = Console()
     for name, report in reports.items():
-        table = Table(title=f"{name}: {report['problems']} problems × {report['samples']} ({checkpoint.name})", box=None)
+        table = Table(
+            title=f"{name}: {report['problems']} problems × {report['samples']} ({checkpoint.name})", box=None
+        )
         for column in ("", "mean", "95% interval"):
             table.add_column(column, justify="left" if not column else "right")
         _row(table, "team", report["team"])

@@ -14,7 +14,13 @@ from rich.table import Table
 
 from ccpo.engines.base import fast_bfloat16
 
-NEEDED = {"torch": "the tensors", "transformers": "models and tokenizers", "peft": "LoRA agents", "safetensors": "checkpoints", "math_verify": "math answers"}
+NEEDED = {
+    "torch": "the tensors",
+    "transformers": "models and tokenizers",
+    "peft": "LoRA agents",
+    "safetensors": "checkpoints",
+    "math_verify": "math answers",
+}
 OPTIONAL = {
     "datasets": ("data", "hub data sets"),
     "reasoning_gym": ("gym", "reasoning-gym tasks"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,10 @@ class RunFolder:
                 raise UserError(
                     f"{self.path} holds files but no run (no recipe.json), so it is not deleted; choose another run.dir"
                 )
+            if self.path.is_symlink():
+                raise UserError(
+                    f"{self.path} is a link, so it is not deleted; set run.dir to the folder that it leads to"
+                )
             shutil.rmtree(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -73,6 +77,9 @@ class RunFolder:
             ) from None
 
     def append(self, path: Path, record: Mapping[str, Any]) -> None:
+        """Add a line to a log. A last line that a kill cut off makes room for it."""
+        if _is_torn(path):
+            self._rewrite(path, self.read_lines(path))
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
@@ -91,15 +98,26 @@ class RunFolder:
     def rewind(self, step: int) -> None:
         """Forget what was logged after ``step`` steps: a resumed run writes it again."""
         for path in (self.metrics, self.evaluations):
-            kept = [r for r in self.read_lines(path) if r["step"] <= step]
             if path.exists():
-                temporary = path.with_name(path.name + ".tmp")
-                temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-                os.replace(temporary, path)
+                self._rewrite(path, [r for r in self.read_lines(path) if r["step"] <= step])
         for file in self.episodes.glob("step-*.jsonl.gz"):
             if int(file.name[5:].split(".")[0]) > step:
                 file.unlink()
         self.summary.unlink(missing_ok=True)
 
+    def _rewrite(self, path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+        os.replace(temporary, path)
+
     def episode_file(self, step: int) -> Path:
         return self.episodes / f"step-{step:06d}.jsonl.gz"
+
+
+def _is_torn(path: Path) -> bool:
+    """Whether a log does not end with the end of a line."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"

@@ -19,7 +19,7 @@ from ccpo.config import RunConfig, load_recipe
 from ccpo.crew import Crew, pick_device
 from ccpo.errors import UserError
 from ccpo.evaluate import headline
-from ccpo.learner import find_checkpoint
+from ccpo.learner import find_checkpoint, verify_checkpoint
 from ccpo.loggers import make_sinks
 from ccpo.runfolder import RunFolder, read_json, write_json
 from ccpo.trainer import Trainer
@@ -65,8 +65,12 @@ def train(
     folder = RunFolder(config.run.folder)
     pick_device(config)
     folder.create(overwrite=config.run.overwrite)
-    objects = {k: repr(v) for k, v in {"team": team, "task": task, "tests": tests, "credit": credit}.items() if v is not None}
-    write_json(folder.recipe, {"config": config.model_dump(), "objects": objects, "made_with": versions(), "command": sys.argv})
+    objects = {
+        k: repr(v) for k, v in {"team": team, "task": task, "tests": tests, "credit": credit}.items() if v is not None
+    }
+    write_json(
+        folder.recipe, {"config": config.model_dump(), "objects": objects, "made_with": versions(), "command": sys.argv}
+    )
     return _train(setup, folder, reporter or Reporter(), checkpoint=None)
 
 
@@ -121,7 +125,9 @@ def _train(setup: Setup, folder: RunFolder, reporter: Reporter, *, checkpoint: P
         name=config.run.name,
         config=config.model_dump(),
     )
-    trainer = Trainer(setup, crew, folder, sinks, lambda step, metrics: reporter.step(step, config.trainer.steps, metrics))
+    trainer = Trainer(
+        setup, crew, folder, sinks, lambda step, metrics: reporter.step(step, config.trainer.steps, metrics)
+    )
     if checkpoint is not None:
         reporter.note(f"going on from {checkpoint.name}")
         trainer.load(checkpoint)
@@ -190,6 +196,7 @@ def open_crew(run: str | Path, **objects: Any) -> tuple[Setup, Crew, Path]:
     checkpoint = find_checkpoint(folder.path)
     if checkpoint is None:
         raise UserError(f"{folder.path} has no checkpoint yet; train it first (ccpo train --resume {folder.path})")
+    verify_checkpoint(checkpoint)
     crew = Crew(setup, checkpoint_paths(setup, checkpoint), train=False)
     return setup, crew, checkpoint
 

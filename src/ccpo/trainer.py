@@ -27,7 +27,9 @@ Progress = Callable[[int, Mapping[str, float]], None]
 class Trainer:
     """Trains the crew of a :class:`~ccpo.build.Setup` and writes everything to its run folder."""
 
-    def __init__(self, setup: Setup, crew: Crew, folder: RunFolder, sinks: Sinks, progress: Progress = lambda step, metrics: None) -> None:
+    def __init__(
+        self, setup: Setup, crew: Crew, folder: RunFolder, sinks: Sinks, progress: Progress = lambda step, metrics: None
+    ) -> None:
         self.setup, self.crew, self.folder, self.sinks, self.progress = setup, crew, folder, sinks, progress
         config = setup.config
         self.config = config
@@ -99,7 +101,9 @@ class Trainer:
             | _lengths(played)
             | self.cache.report()
             | stats.metrics
-            | self._costs(played, clock, {"credit": credit_seconds, "update": stats.seconds, "refresh": refresh_seconds})
+            | self._costs(
+                played, clock, {"credit": credit_seconds, "update": stats.seconds, "refresh": refresh_seconds}
+            )
         )
 
     def play(self, problems: Sequence[Any], active: tuple[str, ...]) -> Played:
@@ -135,7 +139,10 @@ class Trainer:
     def _advantage(self, credit_PN: Tensor, agent: str, played: Played) -> Tensor:
         P, N = credit_PN.shape
         tokens_PN = torch.tensor(
-            [[sum(len(t.completion.token_ids) for t in r.turns if t.agent == agent) for r in g.rollouts] for g in played.groups]
+            [
+                [sum(len(t.completion.token_ids) for t in r.turns if t.agent == agent) for r in g.rollouts]
+                for g in played.groups
+            ]
         )
         if self.config.advantage == "reinforce++" and getattr(self.setup.rule, "skip_flat", False):
             # whitening would move the zero credit of groups that the rule leaves out
@@ -149,10 +156,15 @@ class Trainer:
         bonus = self.config.rollout.boxed_reward.get(agent, 0.0)
         if not bonus:
             return 0.0
-        wrote = [[any("\\boxed" in t.completion.text for t in r.turns if t.agent == agent) for r in g.rollouts] for g in played.groups]
+        wrote = [
+            [any("\\boxed" in t.completion.text for t in r.turns if t.agent == agent) for r in g.rollouts]
+            for g in played.groups
+        ]
         return bonus * torch.tensor(wrote).float()
 
-    def _minibatches(self, played: Played, outputs: CreditOutputs, advantage: Mapping[str, Tensor]) -> list[list[TrainRow]]:
+    def _minibatches(
+        self, played: Played, outputs: CreditOutputs, advantage: Mapping[str, Tensor]
+    ) -> list[list[TrainRow]]:
         """Rows of every turn an active agent spoke, and of the solo answers that the rule trains on; problems split among mini-batches."""
         solo_advantage = {
             agent: self.estimator(
@@ -229,7 +241,12 @@ class Trainer:
             "schedule": {"next": list(self.setup.schedule.active(self.step))},
         }
         save_checkpoint(
-            self.folder.path, self.step, self.crew.policies, self.crew.learner, state, keep=self.config.trainer.keep_checkpoints
+            self.folder.path,
+            self.step,
+            self.crew.policies,
+            self.crew.learner,
+            state,
+            keep=self.config.trainer.keep_checkpoints,
         )
 
     def load(self, checkpoint: Any) -> None:

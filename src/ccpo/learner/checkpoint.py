@@ -110,8 +110,7 @@ def list_checkpoints(run: str | Path) -> list[Path]:
 
 
 def find_checkpoint(run: str | Path) -> Path | None:
-    """The newest checkpoint of a run, or None. It is not verified here: loading does that, and refuses with an
-    offer."""
+    """The newest checkpoint of a run, or None. Loading verifies it, and refuses with an offer."""
     found = list_checkpoints(run)
     return found[-1] if found else None
 
@@ -179,8 +178,7 @@ def _link(agent: Path, policy: Path) -> None:
 
 
 def _publish(unfinished: Path, final: Path) -> Path:
-    """Flush to disk and rename. One of the same step (the run went back) makes way only when its successor is on
-    disk."""
+    """Flush to disk and rename. One of the same step (the run went back) makes way once its successor is flushed."""
     flush(unfinished)
     replaced = final.with_name(f"{UNFINISHED}replaced-{final.name}")
     if final.exists():

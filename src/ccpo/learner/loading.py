@@ -1,5 +1,4 @@
-"""Models and tokenizers from Hugging Face names or folders; what can go wrong in it, said in one sentence with the
-fix."""
+"""Models and tokenizers from Hugging Face names or folders; what can go wrong, in one sentence with the fix."""
 
 from __future__ import annotations
 
@@ -90,8 +89,7 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def adapter_base(path: str) -> str | None:
-    """The base model that the LoRA adapter in the folder ``path`` was made for; None where the folder holds no
-    adapter."""
+    """The base model of the LoRA adapter in the folder ``path``; None where the folder holds no adapter."""
     file = Path(path).expanduser() / "adapter_config.json"
     if not file.is_file():
         return None

@@ -31,8 +31,7 @@ class UpdateStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """An agent's part of a mini-batch: the counts of all its rows, and the micro-batches of those that have a
-    gradient."""
+    """An agent's part of a mini-batch: counts of all its rows, micro-batches of those that have a gradient."""
 
     agent: str
     counts: Denominators
@@ -50,7 +49,7 @@ class Learner:
     steps of the trainer, by which the learning rate goes, however many updates a step makes. ``microbatch_tokens``
     bounds the padded tokens of one forward and backward pass and does not change the gradient. ``compute`` is the dtype
     of matrix products: None is bfloat16 where the hardware multiplies it. The reference of the KL is what the policies
-    are *now*.
+    are when the learner is made; with LoRA it is their base.
     """
 
     def __init__(
@@ -254,8 +253,7 @@ class Learner:
         step: int,
         failure_folder: Path,
     ) -> None:
-        """Raises RunFailure unless all is finite. Looked at once an update: a look makes the host wait for the
-        device."""
+        """Raises RunFailure unless all is finite. Looked at once an update: a look makes the host wait."""
         values = torch.stack([*losses, norm.to(losses[0].dtype)]).tolist()
         broken = [i for i, value in enumerate(values[:-1]) if not math.isfinite(value)]
         if not broken and math.isfinite(values[-1]):

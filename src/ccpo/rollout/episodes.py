@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def write_episodes(
                         "text": problem.text,
                         "answer": problem.answer,
                         "source": problem.source,
+                        "meta": dict(problem.meta),
                     },
                     "rollouts": rollouts,
                     "counterfactuals": counterfactuals,
@@ -76,40 +78,55 @@ def write_episodes(
 
 
 def read_episodes(path: Path) -> Iterator[tuple[Group, dict[str, Any]]]:
-    """The groups of one file, each with the raw record it came from. Raises UserError on another schema."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        header = json.loads(file.readline() or "{}")
-        if header.get("schema") != SCHEMA:
-            raise UserError(f"{path}: schema {header.get('schema')!r}; this version reads {SCHEMA!r}")
-        for line in file:
-            record = json.loads(line)
-            yield (
-                Group(
-                    problem=Problem(**record["problem"]),
-                    rollouts=tuple(
-                        Rollout(
-                            turns=tuple(_read_turn(t) for t in r["turns"]),
-                            answer=r["answer"],
-                            reward=r["reward"],
-                            scores=r["scores"],
-                        )
-                        for r in record["rollouts"]
-                    ),
-                    counterfactuals=tuple(
-                        Counterfactual(
-                            removed=tuple(c["removed"]),
-                            rollout=c["rollout"],
-                            draw=c["draw"],
-                            turns=tuple(_read_turn(t) for t in c["turns"]),
-                            answer=c["answer"],
-                            reward=c["reward"],
-                            cached=c["cached"],
-                        )
-                        for c in record["counterfactuals"]
-                    ),
-                ),
-                record,
+    """The groups of one file, each with the raw record it came from. Raises UserError on another schema, and on a file
+    that is damaged, with the line."""
+    number = 1
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            header = json.loads(file.readline() or "{}")
+            schema = header.get("schema") if isinstance(header, dict) else None
+            if schema != SCHEMA:
+                raise UserError(f"{path}: schema {schema!r}; this version reads {SCHEMA!r}")
+            for number, line in enumerate(file, start=2):
+                record = json.loads(line)
+                yield _read_group(record), record
+            if number - 1 != header["problems"]:
+                raise UserError(
+                    f"{path}: {header['problems']} problems were written, {number - 1} are there; it was cut off"
+                )
+    except UserError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}, line {number}: not an episode file, or damaged ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _read_group(record: Mapping[str, Any]) -> Group:
+    return Group(
+        problem=Problem(**record["problem"]),
+        rollouts=tuple(
+            Rollout(
+                turns=tuple(_read_turn(t) for t in r["turns"]),
+                answer=r["answer"],
+                reward=r["reward"],
+                scores=r["scores"],
             )
+            for r in record["rollouts"]
+        ),
+        counterfactuals=tuple(
+            Counterfactual(
+                removed=tuple(c["removed"]),
+                rollout=c["rollout"],
+                draw=c["draw"],
+                turns=tuple(_read_turn(t) for t in c["turns"]),
+                answer=c["answer"],
+                reward=c["reward"],
+                cached=c["cached"],
+            )
+            for c in record["counterfactuals"]
+        ),
+    )
 
 
 def _number(value: float) -> float | None:

@@ -94,11 +94,12 @@ class PlayWalker:
             while any(not task.done() for task in tasks):
                 for _ in range(3):  # let every coroutine run up to its next question
                     await asyncio.sleep(0)
-                if wishes:
-                    batch, wishes[:] = list(wishes), []
+                batch, wishes[:] = [w for w in wishes if not w.future.done()], []  # done: the play gave it up
+                if batch:
                     self._answer(batch, seed, step)
-            for task in tasks:
-                task.result()
+            for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(outcome, BaseException):
+                    raise outcome
         finally:
             for task in tasks:
                 task.cancel()
@@ -261,9 +262,11 @@ class PlayWalker:
 
 
 def _check_texts(agent: object, template: object, messages: Mapping[str, object]) -> None:
-    for name, value in {"the template": template, **messages}.items():
-        if not isinstance(value, str) and (value is not None or value is template):
-            raise UserError(f"play asked {agent!r} with {name} = {value!r}; it must be a text")
+    if not isinstance(template, str):
+        raise UserError(f"play asked {agent!r} with the template {template!r}; it must be a text")
+    for name, value in messages.items():
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"play asked {agent!r} with the message {name} = {value!r}; it must be a text or None")
 
 
 def _run(coroutine: Coroutine[object, object, None]) -> None:

@@ -22,6 +22,7 @@ _TEXT_ONLY = re.compile(
     r"\d\s*:\s*\d|\w_\{?\d+\}?$"
 )  # ratios, times and bases: the parser would read 3:1 as 3 and 11_5 as 11
 _LARGE_POWER = 5_000
+_LARGE_NUMBER = 10**1000
 _LARGE_POWER_OF_SUM = 50
 _LARGE_EXPRESSION = 60
 
@@ -46,7 +47,13 @@ def _verified(reference: str, answer: str) -> bool:
     if _TEXT_ONLY.search(bare_latex(reference)) or _TEXT_ONLY.search(bare_latex(answer)):
         return False
     left, right = _parsed(reference), _parsed(answer)
-    return left is not None and right is not None and verify(left, right, timeout_seconds=None)
+    if left is None or right is None or (_exact_number(left) and _exact_number(right)):
+        return False  # numbers whose keys differ need no simplification to tell them apart
+    return verify(left, right, timeout_seconds=None)
+
+
+def _exact_number(value: Any) -> bool:
+    return isinstance(value, sympy.Expr) and value.is_number and not value.has(sympy.Float, sympy.UnevaluatedExpr)
 
 
 @lru_cache(maxsize=4096)
@@ -143,8 +150,10 @@ def _number_key(value: sympy.Expr) -> str:
     if value.is_Rational or value.is_infinite:
         return str(value)
     numeric = value.evalf(30)
-    if numeric.is_Number and numeric.is_finite and abs(numeric) < 10**15:
+    if numeric.is_Number and numeric.is_finite:
+        if abs(numeric) > _LARGE_NUMBER:
+            return str(value)
         exact = value.doit()
         if exact.is_Rational:
             return str(exact)
-    return str(value.evalf(15))
+    return str(value.evalf(15, chop=True))

@@ -1,13 +1,14 @@
 """Small tasks that tiny models can learn on a CPU, each with a teacher from which a base model is bootstrapped.
 
-A problem is a pure function of (seed, split, index). Train and test never share a problem: a text belongs to the test split when its
-CRC-32 is 0 modulo 10. A *teacher* says what a turn would say: right, or wrong with probability ``noise`` in the way that a careless
-agent is wrong (an error that is carried on, another letter).
+A problem is a pure function of (seed, split, index). Train and test never share a problem: a text belongs to the test
+split when its CRC-32 is 0 modulo 10. A *teacher* says what a turn would say: right, or wrong with probability ``noise``
+in the way that a careless agent is wrong (an error that is carried on, another letter).
 """
 
 from __future__ import annotations
 
 import random
+import re
 import zlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -93,7 +94,8 @@ class DigitSum(ProceduralTask):
 
 
 def scratchpad(numbers: Sequence[int], rng: random.Random, noise: float, start: int = 0) -> str:
-    """Each number beside the sum so far, modulo 10; with probability ``noise`` one addition is wrong and the error is carried on."""
+    """Each number beside the sum so far, modulo 10; with probability ``noise`` one addition is wrong and the error is
+    carried on."""
     slip = rng.randrange(len(numbers)) if rng.random() < noise else -1
     steps, total = [], start
     for i, number in enumerate(numbers):
@@ -118,7 +120,8 @@ class TruthChoice(ProceduralTask):
         super().__post_init__()
         if not (2 <= self.options <= 8 and self.literals >= 1):
             raise UserError(
-                f"task.options is {self.options} and task.literals {self.literals}; the truth choice has 2 to 8 options of 1 literal or more"
+                f"task.options is {self.options} and task.literals {self.literals}; the truth choice has 2 to 8 options "
+                "of 1 literal or more"
             )
 
     def make(self, rng: random.Random, identity: str) -> Problem:
@@ -152,8 +155,10 @@ class TruthChoice(ProceduralTask):
 class ChainSum(ProceduralTask):
     """The last digit of a sum whose digits come in ``parts`` parts, ``31|59|26`` → 6: one agent a part.
 
-    In a chain, agent i writes the running sums of its part from the total that agent i-1 handed on. With a manager, the plan copies
-    the parts, worker i sums part i, and the manager adds what the workers say.
+    In a chain of as many agents as parts, agent i writes the running sums of its part from the total that agent i-1
+    handed on; with nothing handed on it begins at the first part. With a manager, the plan copies the parts, worker i
+    sums part i as the plan has it, and the manager adds what the workers say and sums the parts of which it heard
+    nothing. In any other team each turn sums it all.
     """
 
     parts: int = 3
@@ -170,20 +175,44 @@ class ChainSum(ProceduralTask):
     def teach(self, problem: Problem, turn: str, heard: Heard, rng: random.Random, noise: float) -> str:
         parts = [[int(d) for d in part] for part in problem.text.split("|")]
         if turn == "plan":
-            return " ".join("".join(map(str, part)) for part in parts)
+            return _copied(parts, rng, noise)
         if turn == "final":
-            said = [int(text[-1]) for text in heard.values() if text and text[-1].isdigit()]
-            return scratchpad(said or [0], rng, noise)
-        index = min(_number_in(turn), self.parts)
-        before = [text for text in heard.values() if text and text[-1].isdigit()]
-        start = int(before[-1][-1]) if before and turn.startswith("agent") else 0
-        known = parts[index - 1] if before or index == 1 or not turn.startswith("agent") else sum(parts[:index], [])
-        return scratchpad(known, rng, noise, start)
+            said = [_last_digit(heard.get(f"worker{i}")) for i in range(1, len(parts) + 1)]
+            return scratchpad(_flat([p if s is None else [s] for p, s in zip(parts, said, strict=True)]), rng, noise)
+        speaker = re.fullmatch(r"(agent|worker)(\d+)", turn)
+        if speaker is None:
+            return scratchpad(_flat(parts), rng, noise)
+        index = int(speaker[2]) - 1
+        own = parts[index] if index < len(parts) else [0]  # more agents than parts: nothing is left to add
+        if speaker[1] == "worker":
+            planned = (heard.get("plan") or "").split()[index : index + 1]
+            return scratchpad([int(d) for d in planned[0]] if planned else own, rng, noise)
+        handed_on = next((_last_digit(text) for text in reversed([*heard.values()]) if text), None)
+        if handed_on is None:
+            return scratchpad(_flat(parts[: index + 1]), rng, noise)
+        return scratchpad(own, rng, noise, handed_on)
+
+    def verify(self, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """The answer is the last running sum: the last character, whoever spoke last."""
+        return [exact_verdict(problem, text, "last_character") for problem, text in pairs]
 
 
-def _number_in(turn: str) -> int:
-    digits = "".join(c for c in turn if c.isdigit())
-    return int(digits) if digits else 1
+def _copied(parts: Sequence[Sequence[int]], rng: random.Random, noise: float) -> str:
+    """The parts as a plan shows them; with probability ``noise`` one digit is another."""
+    digits = [list(part) for part in parts]
+    if rng.random() < noise:
+        part = rng.choice(digits)
+        at = rng.randrange(len(part))
+        part[at] = (part[at] + rng.randrange(1, 10)) % 10
+    return " ".join("".join(map(str, part)) for part in digits)
+
+
+def _last_digit(text: str | None) -> int | None:
+    return int(text[-1]) if text and text[-1] in "0123456789" else None
+
+
+def _flat(parts: Sequence[Sequence[int]]) -> list[int]:
+    return [digit for part in parts for digit in part]
 
 
 PROCEDURAL = {"digit_sum": DigitSum, "truth_choice": TruthChoice, "chain_sum": ChainSum}
