@@ -285,6 +285,12 @@ def test_votes_are_counted_again_by_hand_and_no_token_is_decoded_for_it(k, sampl
                 assert played.score[agent][slot, n].item() == float(said[agent] == "yes")
 
 
+def test_a_recount_is_counted_once_however_many_draws_are_asked_for():
+    played = play(voters(3), ScriptedEngine(yes_no), samples=2, coalitions=without("voter1"), draws=3)
+    assert played.without[("voter1",)].shape == (2, 2, 1)
+    assert len(played.groups[0].counterfactuals) == 2
+
+
 def test_everything_is_judged_in_one_call_of_the_verifier():
     task = CountingTask(PROBLEMS)
     played = play(voters(3), ScriptedEngine(yes_no), samples=2, coalitions=without("voter1"), task=task)

@@ -49,6 +49,11 @@ def bootstrap(
             "model.path is 'bootstrap', which teaches a tiny model from a procedural task's demonstrations, but the task has none; "
             "set model.path to a Hugging Face model (for example --set model.path=Qwen/Qwen2.5-0.5B-Instruct)"
         )
+    if not isinstance(team, Team):
+        raise UserError(
+            f"model.path is 'bootstrap', but team {team.name!r} is a Python function, whose turns nobody can demonstrate; "
+            "set model.path to a Hugging Face model"
+        )
     folder = cache_folder() / f"base-{_fingerprint(team, task, section)}"
     if section.cache and (folder / "done.json").is_file():
         return folder, 0.0
@@ -63,6 +68,9 @@ def bootstrap(
     (temporary / "done.json").write_text(
         json.dumps({"seconds": seconds, "section": section.model_dump(), "task": repr(task)})
     )
+    if section.cache and (folder / "done.json").is_file():
+        shutil.rmtree(temporary)  # another run has made the same model meanwhile and may be reading it
+        return folder, seconds
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
     return folder, seconds

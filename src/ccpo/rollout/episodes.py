@@ -87,7 +87,8 @@ def read_episodes(path: Path) -> Iterator[tuple[Group, dict[str, Any]]]:
             schema = header.get("schema") if isinstance(header, dict) else None
             if schema != SCHEMA:
                 raise UserError(f"{path}: schema {schema!r}; this version reads {SCHEMA!r}")
-            for number, line in enumerate(file, start=2):
+            for line in file:
+                number += 1
                 record = json.loads(line)
                 yield _read_group(record), record
             if number - 1 != header["problems"]:

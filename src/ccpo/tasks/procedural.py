@@ -80,6 +80,10 @@ class DigitSum(ProceduralTask):
     name = "digit_sum"
     alphabet = "0123456789+ "
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_digits(self.digits)
+
     def make(self, rng: random.Random, identity: str) -> Problem:
         low, high = self.digits
         numbers = [rng.randrange(10) for _ in range(rng.randint(low, high))]
@@ -166,6 +170,12 @@ class ChainSum(ProceduralTask):
     name = "chain_sum"
     alphabet = "0123456789| "
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_digits(self.digits)
+        if self.parts < 1:
+            raise UserError(f"task.parts is {self.parts}; a chain sum has at least one part")
+
     def make(self, rng: random.Random, identity: str) -> Problem:
         low, high = self.digits
         parts = [[rng.randrange(10) for _ in range(rng.randint(low, high))] for _ in range(self.parts)]
@@ -213,6 +223,12 @@ def _last_digit(text: str | None) -> int | None:
 
 def _flat(parts: Sequence[Sequence[int]]) -> list[int]:
     return [digit for part in parts for digit in part]
+
+
+def _check_digits(digits: tuple[int, int]) -> None:
+    low, high = digits
+    if not 1 <= low <= high:
+        raise UserError(f"task.digits is [{low}, {high}]; write the fewest and the most digits, at least 1: [3, 9]")
 
 
 PROCEDURAL = {"digit_sum": DigitSum, "truth_choice": TruthChoice, "chain_sum": ChainSum}
