@@ -1,8 +1,9 @@
 """A full training step against TRL's ``GRPOTrainer`` at its best CPU setting: same model, prompts, rollouts, tokens and reward.
 
-Shapes of the demo: 64 rollouts of 32 tokens, a Qwen2 of about a million parameters, one agent that is paid by shared reward. TRL
-runs in bfloat16 with eager attention, its fastest setting on a CPU (``--trl-dtype float32`` for the other). The two trainers live in one process and take turns,
-step by step, so that a noisy machine slows both alike. Needs ``pip install trl==1.16.0``.
+Shapes of the demo: 64 rollouts of 32 tokens, a Qwen2 of about a million parameters, one agent that is paid by shared
+reward. TRL runs in bfloat16 with eager attention, its fastest setting on a CPU (``--trl-dtype float32`` for the
+other). The two trainers live in one process and take turns, step by step, so that a noisy machine slows both alike.
+Needs ``pip install trl==1.16.0``.
 
     python benchmarks/step_vs_trl.py --steps 15 --threads 2 --out benchmarks/step_vs_trl.json
 """

@@ -29,9 +29,21 @@ SMALL = [
 
 
 def ccpo(*arguments: str, cwd: Path, cache: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CCPO_CACHE": str(cache), "COLUMNS": "80", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CCPO_CACHE": str(cache),
+        "COLUMNS": "80",
+        "HF_HUB_OFFLINE": "1",
+    }
     return subprocess.run(
-        [sys.executable, "-m", "ccpo", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "ccpo", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
@@ -137,7 +149,11 @@ def test_the_readme_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def small(recipe, **objects):
-        recipe = {**recipe, "bootstrap": {"steps": 2, "noisy_steps": 1, "hidden": 32, "layers": 1, "mlp": 48}, "eval": {"problems": 4}}
+        recipe = {
+            **recipe,
+            "bootstrap": {"steps": 2, "noisy_steps": 1, "hidden": 32, "layers": 1, "mlp": 48},
+            "eval": {"problems": 4},
+        }
         recipe["trainer"] = {"steps": 2}
         return train(recipe, **objects)
 
@@ -154,4 +170,4 @@ def test_the_readme_names_what_is_there():
     from ccpo.credit import RULES
 
     table = README.split("## Credit rules")[1].split("Advantages:")[0]
-    assert {name for name in re.findall(r"^\| `(\w+)`", table, re.M)} == set(RULES)
+    assert set(re.findall(r"^\| `(\w+)`", table, re.M)) == set(RULES)

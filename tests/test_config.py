@@ -60,6 +60,11 @@ def test_a_wrong_section_is_named_too():
     assert "Did you mean 'trainer'?" in message
 
 
+def test_a_key_that_cannot_be_printed_is_quoted():
+    assert r"recipe: run.'\x1b[2J': unknown key" in refused({"run": {"\x1b[2J": 1}})
+    assert "recipe: run.'': unknown key" in refused({"run": {"": 1}})
+
+
 def test_a_wrong_key_without_a_near_name_guesses_nothing():
     message = refused({"trainer": {"zzzzzz": 3}})
     assert "trainer.zzzzzz" in message
@@ -237,7 +242,8 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
     assert "binary.yaml: not readable as YAML" in refused(path)
 
 
-def test_an_absent_recipe_lists_those_that_ship_and_the_nearest():
+def test_an_absent_recipe_lists_those_that_ship_and_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     message = refused("demmo")
     assert "No recipe at 'demmo'" in message
     assert "Did you mean 'demo'?" in message

@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file as load_tensors
-from tiny import CHAT_TEMPLATE, SPECIALS, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +27,7 @@ from ccpo.rollout import read_episodes
 from ccpo.runs import Result
 from ccpo.tasks import load_file
 from ccpo.tasks.hub import KNOWN
+from tiny import CHAT_TEMPLATE, SPECIALS, tiny_model
 
 torch.set_num_threads(1)
 
@@ -36,6 +37,8 @@ RECIPES = shipped_recipes()
 CPU = ("chain", "debate", "demo", "manager_workers", "vote")
 PAPER = tuple(name for name in RECIPES if name not in CPU)
 FAMILIES = {"Qwen2.5": "qwen2", "Qwen3": "qwen3", "Llama": "llama", "Olmo": "olmo3"}
+
+SLOW = ("math_llama3.1-8b_v2", "math_olmo3-7b_v2", "math_qwen2.5-7b_v1")  # others run their family and their rule
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real rows are not here: {DATA}")
 
@@ -56,7 +59,8 @@ def test_a_recipe_is_named_described_and_found(name: str, monkeypatch: pytest.Mo
     config = load_recipe(RECIPES[name])
     assert config.run.name == name
     first = RECIPES[name].read_text(encoding="utf-8").partition("\n")[0]
-    assert first.startswith("# ") and len(first) > 40, "its first line says what it is: `ccpo recipes` shows it"
+    assert first.startswith("# "), "its first line says what it is: `ccpo recipes` shows it"
+    assert len(first) > 40
     monkeypatch.chdir(ROOT)
     assert find_recipe(f"recipes/{name}.yaml").resolve() == RECIPES[name].resolve()  # in a clone: through the link
     monkeypatch.chdir(tmp_path)
@@ -69,6 +73,16 @@ def test_a_recipe_prepares(name: str, made_up_data: None):
     assert len(setup.task) >= setup.config.rollout.prompts
     assert setup.tests
     assert set(setup.policy_of) == set(setup.team.agent_names)
+
+
+def test_the_overrides_that_the_recipes_name_are_right(made_up_data: None):
+    text = RECIPES["math_qwen2.5-1.5b_v1"].read_text(encoding="utf-8")
+    overrides = [piece.rstrip(".,") for piece in re.findall(r"--set[\s#]+(\S+)", text)]
+    assert len(overrides) == 5
+    config = load_recipe(RECIPES["math_qwen2.5-1.5b_v1"], overrides)
+    assert prepare(config).task.name == "MATH-lighteval"
+    assert config.eval.tasks == {}
+    assert config.model.sharing == "lora"
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -357,7 +371,10 @@ def answers_in(path: Path) -> list[str]:
 
 
 @needs_data
-@pytest.mark.parametrize("name", [n for n in PAPER if n.startswith("math_")])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in PAPER if n.startswith("math_")],
+)
 def test_think_solve_on_math(name: str, tmp_path: Path, real_data: dict[str, list[str]]):
     answers = answers_in(tmp_path / "data" / "math_train.parquet")
     config, result, (thinking, solving) = run_paper(name, tmp_path, real_data["math"], answers)
@@ -396,9 +413,8 @@ def test_think_solve_on_gsm8k(tmp_path: Path, real_data: dict[str, list[str]]):
 
 
 @pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CCPO_CACHE", os.fspath(tmp_path / "cache"))
-    yield
 
 
 TINY_BASE = [

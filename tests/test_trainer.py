@@ -98,7 +98,8 @@ def test_a_run_leaves_everything_a_reader_needs(tmp_path):
     for key in ("team_before", "team_after", "without_thinker_after", "blank_thinker_after", "solo_after"):
         assert 0 <= summary[key] <= 1
     assert summary["without_solver_after"] == 0  # nobody else answers
-    assert summary["tokens_joint"] > 0 and summary["tokens_counterfactual"] > 0
+    assert summary["tokens_joint"] > 0
+    assert summary["tokens_counterfactual"] > 0
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for key in (

@@ -27,6 +27,7 @@ _MODULES = ("credit", "engines", "learner", "losses", "rollout", "tasks", "teams
 
 __all__ = ["__version__", *_FUNCTIONS, *_MODULES]
 
+
 def __getattr__(name: str) -> Any:
     if name in _FUNCTIONS:
         value = getattr(importlib.import_module(_FUNCTIONS[name]), name)

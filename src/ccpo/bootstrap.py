@@ -1,8 +1,9 @@
 """A tiny base model of our own, for machines without a download: the stand-in for a pretrained checkpoint in the CPU recipes.
 
-It is a Qwen2 of about a million parameters with a character tokenizer, trained on a task's demonstrations of every turn of the
-team: first on right ones (the skill), then on ones of which a share is wrong (the carelessness that reinforcement learning is to cure). The result is an
-ordinary Hugging Face folder; nothing after this file knows where it came from. It is cached by the hash of all that shaped it.
+It is a Qwen2 of about a million parameters with a character tokenizer, trained on a task's demonstrations of every
+turn of the team: first on right ones (the skill), then on ones of which a share is wrong (the carelessness that
+reinforcement learning is to cure). The result is an ordinary Hugging Face folder; nothing after this file knows where
+it came from. It is cached by the hash of all that shaped it.
 """
 
 from __future__ import annotations

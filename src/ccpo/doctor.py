@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ccpo.engines.base import fast_bfloat16
+from ccpo.engines.weights import native_dtype
 
 NEEDED = {
     "torch": "the tensors",
@@ -36,7 +36,12 @@ def diagnose(console: Console | None = None) -> bool:
     machine = Table(title="Machine", show_header=False, box=None)
     machine.add_row("Python", platform.python_version())
     machine.add_row("Processor", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
-    machine.add_row("bfloat16", "fast" if fast_bfloat16() else "slow here: float32 is used")
+    machine.add_row(
+        "bfloat16",
+        "fast: the decoder and the update use it"
+        if native_dtype(torch.device("cpu")) is torch.bfloat16
+        else "slow here: float32 is used",
+    )
     machine.add_row("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "none: runs on the CPU")
     machine.add_row("Free disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB")
     console.print(machine)

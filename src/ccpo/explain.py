@@ -50,7 +50,8 @@ def _keys(loc: Sequence[Any], data: Any, *, missing: bool) -> list[str]:
             data = data[step]
         elif not (missing and place == len(loc) - 1):
             continue
-        keys.append(str(step))
+        word = str(step)
+        keys.append(word if word.isprintable() and word else repr(word))
     return keys
 
 

@@ -56,9 +56,10 @@ def train(
 ) -> Result:
     """Train a team.
 
-    ``recipe``: a YAML file, the name of a shipped recipe, a mapping, or a :class:`RunConfig`; ``overrides`` as for the command line
-    (``"trainer.steps=50"``). ``team``, ``task``, ``tests`` and ``credit`` are objects that take the place of what the recipe names. Raises UserError for
-    the user's mistakes, before any model is loaded where that can be known, and RunFailure when a run cannot go on.
+    ``recipe``: a YAML file, the name of a shipped recipe, a mapping, or a :class:`RunConfig`; ``overrides`` as for the
+    command line (``"trainer.steps=50"``). ``team``, ``task``, ``tests`` and ``credit`` are objects that take the
+    place of what the recipe names. Raises UserError for the user's mistakes, before any model is loaded where that
+    can be known, and RunFailure when a run cannot go on.
     """
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
     setup = prepare(config, team=team, task=task, tests=tests, credit=credit)
