@@ -26,12 +26,11 @@ def run(folder: Path, arm: str, seed: int, steps: int, every: int) -> None:
     import ccpo
 
     torch.set_num_threads(1)
-    try:
-        os.mkdir(folder.with_suffix(".claimed"))
-    except FileExistsError:
+    if not claim(folder.with_suffix(".claimed")):
         return  # another process has it
     settings = [
         f"run.dir={folder}",
+        "run.overwrite=true",  # what a process that was killed had begun
         f"run.seed={seed}",
         "run.threads=1",
         f"trainer.steps={steps}",
@@ -42,6 +41,20 @@ def run(folder: Path, arm: str, seed: int, steps: int, every: int) -> None:
         "log.tensorboard=false",
     ]
     ccpo.train("demo", settings + ARMS[arm])
+
+
+def claim(file: Path) -> bool:
+    """Whether this run is ours now: nobody has it, or the process that had it is dead."""
+    try:
+        with file.open("x") as claimed:
+            claimed.write(str(os.getpid()))
+        return True
+    except FileExistsError:
+        holder = file.read_text()
+    if holder and Path(f"/proc/{holder}").exists():
+        return False
+    file.write_text(str(os.getpid()))
+    return True
 
 
 def curve(folder: Path) -> list[tuple[int, float]]:
