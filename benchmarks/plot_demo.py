@@ -1,6 +1,6 @@
 """The README's picture: team reward in training and accuracy on held-out problems, with and without the thinker.
 
-    python benchmarks/plot_demo.py runs/demo docs/demo.png        (needs matplotlib)
+python benchmarks/plot_demo.py runs/demo docs/demo.png        (needs matplotlib)
 """
 
 from __future__ import annotations
@@ -21,8 +21,15 @@ def main(run: Path, out: Path) -> None:
     reports = [(e["step"], next(iter(e["reports"].values()))) for e in evaluations]
     figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
     steps = [m["step"] for m in metrics]
-    axis.plot(steps, [m["reward/team"] for m in metrics], color="#9ec5e8", lw=1, label="reward in training (128 rollouts)")
-    axis.plot(*zip(*[(s, r["team"]["mean"]) for s, r in reports], strict=True), "o-", color="#0b5cad", label="team, held-out problems")
+    axis.plot(
+        steps, [m["reward/team"] for m in metrics], color="#9ec5e8", lw=1, label="reward in training (128 rollouts)"
+    )
+    axis.plot(
+        *zip(*[(s, r["team"]["mean"]) for s, r in reports], strict=True),
+        "o-",
+        color="#0b5cad",
+        label="team, held-out problems",
+    )
     bare = [(s, r["without"]["thinker"]["mean"]) for s, r in reports if "without" in r]
     axis.plot(*zip(*bare, strict=True), "s--", color="#d1660a", label="team without its thinker")
     axis.set(xlabel="step", ylabel="accuracy", ylim=(0, 1.02))

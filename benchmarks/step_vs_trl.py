@@ -26,7 +26,7 @@ PROBLEMS, SAMPLES, TOKENS = 8, 8, 32
 
 
 def make_base(folder: Path) -> None:
-    """A random model and a character tokenizer that never ends a turn early, so that both sides decode every token."""
+    """A random model that never ends a turn early, so that both sides decode every token, and a character tokenizer."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     from ccpo.bootstrap import character_tokenizer
@@ -41,14 +41,18 @@ def make_base(folder: Path) -> None:
         num_key_value_heads=2,
         intermediate_size=384,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
     model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():  # the end token is as good as impossible
-        model.model.embed_tokens.weight[tokenizer.eos_token_id] = 0
+    with torch.no_grad():
+        # the first channel is large at every position, and only the end token reads it, negatively: it is never sampled
+        model.model.embed_tokens.weight[:, 0] = 4.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[tokenizer.eos_token_id] = 0.0
+        model.lm_head.weight[tokenizer.eos_token_id, 0] = -5.0
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -144,7 +148,6 @@ class Theirs:
             save_strategy="no",
             logging_steps=10**9,
             disable_tqdm=True,
-            gradient_checkpointing=False,
         )
         model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", dtype=torch.float32)
         self.go, self.done = threading.Semaphore(0), threading.Semaphore(0)

@@ -42,8 +42,7 @@ MEANINGS = {
     "run.seed": "of everything that is random but the base model",
     "run.device": "`auto` takes CUDA where torch sees it",
     "model.sharing": "a model for each policy, one for all agents, or a LoRA adapter for each policy on one base",
-    "model.lora": "the adapters of `sharing: lora`",
-    "model.lora.rank": "of the adapter's matrices",
+    "model.lora.rank": "of the adapters of `sharing: lora`",
     "model.lora.alpha": "scale: the adapter counts `alpha / rank`",
     "model.lora.dropout": "within the adapter, in the update only",
     "model.lora.targets": "the layers that get an adapter",
@@ -190,7 +189,12 @@ def _row(path: str, field: FieldInfo) -> tuple[str, str, str, str]:
     inside = [a for a in get_args(field.annotation) if a is not type(None)]
     optional = get_origin(field.annotation) in (Union, types.UnionType) and len(inside) == 1
     kind = " ".join(word for word in (_type(inside[0] if optional else field.annotation), bounds) if word)
-    return f"`{path}`", kind + (" or null" if optional else ""), f"`{_plain(default)}`", field.description or MEANINGS[path]
+    return (
+        f"`{path}`",
+        kind + (" or null" if optional else ""),
+        f"`{_plain(default)}`",
+        field.description or MEANINGS[path],
+    )
 
 
 def _kind(title: str, make: Callable[..., Any]) -> str:
