@@ -13,10 +13,11 @@ import json
 import os
 from pathlib import Path
 
+CONSTANT = ["optim.decay=constant", "optim.max_grad_norm=0.3"]
 ARMS = {
-    "guard": [],
-    "faithful": ["credit.skip_flat=false", "credit.center=false", "credit.pairing=paired"],
-    "shared": ["credit.kind=shared"],
+    "guard": [],  # the demo as it ships
+    "credit_half": CONSTANT,  # its credit settings alone, with a constant learning rate
+    "faithful": ["credit.skip_flat=false", "credit.center=false", "credit.pairing=paired", *CONSTANT],
 }
 
 
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--every", type=int, default=20)
-    parser.add_argument("--arms", nargs="+", default=["guard", "faithful"], choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--runs", type=Path, default=Path("runs/guard"))
     parser.add_argument("--out", type=Path)
     parser.add_argument("--read-only", action="store_true", help="run nothing, sum up what is there")
