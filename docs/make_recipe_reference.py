@@ -111,7 +111,7 @@ MEANINGS = {
     "log.trackio": "log to trackio; an error where it is not installed",
     "log.project": "name of the project at these loggers",
     "log.episodes": "write every rollout: [episodes](episodes.md)",
-    "log.progress": "not read by this version: a bar is drawn on a terminal, lines elsewhere",
+    "log.progress": "show the steps: a bar on a terminal, lines elsewhere",
 }
 
 INTRO = """# Every key of a recipe

@@ -117,6 +117,8 @@ def _train(setup: Setup, folder: RunFolder, reporter: Reporter, *, checkpoint: P
     paths, bootstrap_seconds = model_paths(setup, reporter)
     reporter.note("loading models")
     crew = Crew(setup, paths)
+    if not config.eval.tasks and "train" in setup.tests:
+        reporter.note("no eval.tasks: the team is judged on problems that it is trained on")
     sinks = make_sinks(
         folder.path,
         tensorboard=config.log.tensorboard,
@@ -126,9 +128,8 @@ def _train(setup: Setup, folder: RunFolder, reporter: Reporter, *, checkpoint: P
         name=config.run.name,
         config=config.model_dump(),
     )
-    trainer = Trainer(
-        setup, crew, folder, sinks, lambda step, metrics: reporter.step(step, config.trainer.steps, metrics)
-    )
+    show = reporter.step if config.log.progress else Reporter().step
+    trainer = Trainer(setup, crew, folder, sinks, lambda step, metrics: show(step, config.trainer.steps, metrics))
     if checkpoint is not None:
         reporter.note(f"going on from {checkpoint.name}")
         trainer.load(checkpoint)

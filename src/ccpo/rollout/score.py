@@ -58,7 +58,6 @@ def _score_function(team: Team, task: Task, lanes: Sequence[Lane], limits: Limit
     for lane, verdict in zip(lanes, verdicts, strict=True):
         lane.answer = verdict.answer
         lane.reward = 0.0 if _void(team, lane, limits) else verdict.score
-        lane.scores = dict.fromkeys(team.decision.reads, 0.0)
 
 
 def _called(team: Team, problem: Problem, messages: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ from ccpo.rollout.score import score_lanes
 from ccpo.rollout.seeds import seed_of
 from ccpo.rollout.voices import Limits, Voice
 from ccpo.tasks.base import Task
-from ccpo.teams import Fate, Plan, Prompt, Team, TurnSpec, render_prompt, strip_boxed
+from ccpo.teams import Fate, Function, Plan, Prompt, Team, TurnSpec, render_prompt, strip_boxed
 from ccpo.types import Coalition, Counterfactual, Group, Problem, Removal, Request, Rollout, Turn
 
 
@@ -268,7 +268,9 @@ def _gather(
 
 
 def _scored_turns(team: Team) -> dict[str, str]:
-    """The last turn of each agent that the decision reads."""
+    """The last turn of each agent that the decision reads and the verifier judged; a function's turns have no verdicts."""
+    if isinstance(team.decision, Function):
+        return {}
     return {spec.agent: spec.name for spec in team.turns_in_order if spec.name in team.decision.reads}
 
 
