@@ -26,12 +26,12 @@ from ccpo.learner.loading import quiet
 from ccpo.tasks.procedural import ProceduralTask
 from ccpo.teams import Team
 
-VERSION = 4  # raise it when the same section would make another model
+VERSION = 5  # raise it when the same section would make another model
 PAD, EOS = "<pad>", "<eos>"
 CONTEXT = 512
 
-Pair = tuple[list[int], list[int]]
-"""Token ids of a prompt and of what is to be said after it (with the end token)."""
+Pair = tuple[list[int], list[int], bool]
+"""Token ids of a prompt and of what is to be said after it (with the end token); and whether the prompt says all that is needed."""
 
 
 def cache_folder() -> Path:
@@ -129,27 +129,59 @@ def train_base(team: Team, task: ProceduralTask, section: BootstrapSection, repo
         torch.manual_seed(section.seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     lessons = Lessons(team, task, section, tokenizer)
-    for name, steps, lr, noisy in (
-        ("skill", section.steps, section.lr, False),
-        ("carelessness", section.noisy_steps, section.noisy_lr, True),
-    ):
-        optimiser = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-        for step in range(steps):
-            for group in optimiser.param_groups:
-                group["lr"] = lr * _schedule(step, steps)
-            loss = _imitate(model, lessons.batch(section.batch, noisy=noisy))
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimiser.step()
-            if (step + 1) % 50 == 0 or step + 1 == steps:
-                report(f"base model, {name}: step {step + 1}/{steps}, loss {loss.item():.3f}")
+    _learn_skill(model, lessons, section, report)
+    _learn_carelessness(model, lessons, section, report)
     return model, tokenizer
 
 
-def _schedule(step: int, steps: int) -> float:
-    """Fifty steps of warm-up, a plateau, and a linear fall to a tenth over the last three tenths."""
-    return min(1.0, (step + 1) / 50, 0.1 + 0.9 * (steps - step) / (0.3 * steps))
+def _learn_skill(model, lessons: Lessons, section: BootstrapSection, report: Callable[[str], None]) -> None:
+    """Right demonstrations at a constant rate until what can be known is known, then ``cooldown`` steps of falling rate.
+
+    How long a model sits on its plateau before it learns depends on rounding (on the number of threads, even), so that no fixed
+    number of steps would do: ``steps`` is only the most.
+    """
+    optimiser = _optimiser(model, section.lr)
+    smoothed, fall = 10.0, None
+    for step in range(section.steps):
+        left = 1.0 if fall is None else 1.0 - 0.9 * (step - fall) / section.cooldown
+        loss, known = _imitate(model, lessons.batch(section.batch, noisy=False))
+        _update(model, optimiser, loss, section.lr * min(left, (step + 1) / 50))
+        smoothed = 0.9 * smoothed + 0.1 * known
+        if fall is None and (smoothed < section.learned or step + section.cooldown >= section.steps):
+            fall = step
+        if fall is not None and step - fall >= section.cooldown:
+            break
+        if (step + 1) % 50 == 0:
+            report(f"base model, skill: step {step + 1}, loss {known:.3f}, to fall below {section.learned:g}")
+    report(f"base model, skill: learned in {step + 1} steps, loss {known:.3f}")
+
+
+def _learn_carelessness(model, lessons: Lessons, section: BootstrapSection, report: Callable[[str], None]) -> None:
+    """Demonstrations of which a share is wrong, ``noisy_steps`` of them: warm-up, plateau, and a fall over the last three tenths."""
+    optimiser = _optimiser(model, section.noisy_lr)
+    total = section.noisy_steps
+    for step in range(total):
+        loss, _ = _imitate(model, lessons.batch(section.batch, noisy=True))
+        _update(
+            model,
+            optimiser,
+            loss,
+            section.noisy_lr * min(1.0, (step + 1) / 50, 0.1 + 0.9 * (total - step) / (0.3 * total)),
+        )
+    report(f"base model, carelessness: {total} steps")
+
+
+def _optimiser(model, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+
+
+def _update(model, optimiser: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimiser.step()
 
 
 class Lessons:
@@ -179,7 +211,8 @@ class Lessons:
                 problem, turn.name, heard, self.rng, self._noise(turn.name) if noisy else 0.0
             )
             prompt = turn.render({"problem": problem.text, **heard})
-            pairs.append((self._ids(prompt), [*self._ids(said[turn.name]), self.tokenizer.eos_token_id]))
+            known = not (alone and turn.reads)
+            pairs.append((self._ids(prompt), [*self._ids(said[turn.name]), self.tokenizer.eos_token_id], known))
         return pairs
 
     def _noise(self, turn: str) -> float:
@@ -190,12 +223,13 @@ class Lessons:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-def _imitate(model, pairs: Sequence[Pair]) -> Tensor:
-    """Cross-entropy of what was to be said: the mean over rows of the mean over a row's tokens."""
-    length = max(len(p) + len(t) for p, t in pairs)
+def _imitate(model, pairs: Sequence[Pair]) -> tuple[Tensor, float]:
+    """Cross-entropy of what was to be said: the mean over rows of the mean over a row's tokens; and that of the rows whose
+    prompt says all that is needed, which can go to 0."""
+    length = max(len(p) + len(t) for p, t, _ in pairs)
     ids_BL = torch.zeros(len(pairs), length, dtype=torch.long)
     labels_BL = torch.full((len(pairs), length), -100)
-    for row, (prompt, target) in enumerate(pairs):
+    for row, (prompt, target, _) in enumerate(pairs):
         ids_BL[row, : len(prompt) + len(target)] = torch.tensor(prompt + target)
         labels_BL[row, len(prompt) : len(prompt) + len(target)] = torch.tensor(target)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -205,4 +239,6 @@ def _imitate(model, pairs: Sequence[Pair]) -> Tensor:
         logits_BLV[:, :-1].float().flatten(0, 1), target_BL.flatten(), ignore_index=-100, reduction="none"
     ).view_as(target_BL)
     # rows weigh the same: a solver's single digit must not drown in a thinker's twenty tokens
-    return (loss_BL.sum(1) / (target_BL >= 0).sum(1)).mean()
+    loss_B = loss_BL.sum(1) / (target_BL >= 0).sum(1)
+    known_B = torch.tensor([known for _, _, known in pairs])
+    return loss_B.mean(), loss_B.detach()[known_B].mean().item()

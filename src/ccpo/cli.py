@@ -125,9 +125,11 @@ def recipes() -> None:
     """The recipes that ship with the package."""
     from ccpo.config import shipped_recipes
 
-    for name, path in shipped_recipes().items():
+    shipped = shipped_recipes()
+    width = max(map(len, shipped))
+    for name, path in shipped.items():
         first = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        typer.echo(f"{name:<28} {first}")
+        typer.echo(f"{name:<{width}} {first}")
 
 
 def main() -> None:

@@ -93,7 +93,9 @@ class BootstrapSection(Section):
     heads: int = Field(4, ge=1)
     kv_heads: int = Field(2, ge=1)
     mlp: int = Field(384, ge=8)
-    steps: int = Field(1000, ge=1, description="supervised steps on correct demonstrations")
+    steps: int = Field(1500, ge=1, description="the most supervised steps on correct demonstrations")
+    learned: float = Field(0.02, gt=0, description="loss per token at which the skill counts as learned")
+    cooldown: int = Field(80, ge=1, description="further steps from there, while the rate falls")
     noisy_steps: int = Field(150, ge=0, description="further steps on demonstrations of which some are wrong")
     noise: Share | dict[str, Share] = Field(0.6, description="share of wrong demonstrations, for all turns or per turn")
     solo: float = Field(0.25, ge=0, le=1, description="share of demonstrations that lack the upstream messages")
@@ -286,11 +288,12 @@ def find_recipe(source: str | Path) -> Path:
     if path.is_file():
         return path
     shipped = shipped_recipes()
-    if path.suffix in ("", ".yaml", ".yml") and path.stem in shipped and str(path.parent) in (".", "recipes"):
-        return shipped[path.stem]
+    name = path.name.removesuffix(".yaml").removesuffix(".yml")  # not path.stem: names have dots
+    if name in shipped and str(path.parent) in (".", "recipes"):
+        return shipped[name]
     raise UserError(
         f"No recipe at {str(source)!r}: neither a file nor a shipped recipe ({', '.join(shipped)})."
-        f"{nearest(path.stem, shipped)}"
+        f"{nearest(name, shipped)}"
     )
 
 

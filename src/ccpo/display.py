@@ -35,7 +35,7 @@ class TerminalReporter(Reporter):
             self.bar.stop()
 
     def note(self, text: str) -> None:
-        if text.startswith("base model") and not self._due():
+        if "to fall below" in text and not self._due():
             return
         self.console.print(f"[dim]{escape(text)}[/dim]", highlight=False)
 
