@@ -247,13 +247,21 @@ def test_a_lesson_is_every_turn_through_the_teams_own_prompts():
             (f"T{problem.text}:", thought),
             (f"S{problem.text}:{thought}=", problem.answer),
         ], number
-        assert all(target[-1] == tokenizer.eos_token_id for _, target in pairs)
+        assert all(target[-1] == tokenizer.eos_token_id for _, target, _ in pairs)
 
 
 def test_the_share_of_lessons_without_the_thought_is_as_asked():
     made, tokenizer = lessons(solo=0.25)
     solvers = [spelled(tokenizer, made.lesson(noisy=False))[1][0] for _ in range(600)]
     assert sum(":" not in prompt for prompt in solvers) / 600 == pytest.approx(0.25, abs=0.055)
+
+
+def test_a_lesson_says_whether_its_prompt_says_all_that_is_needed():
+    for solo, heard in ((0.0, True), (1.0, False)):
+        made, _ = lessons(solo=solo)
+        (_, _, thinker), (_, _, solver) = made.lesson(noisy=False)
+        assert thinker  # reads nobody
+        assert solver is heard
 
 
 def test_noise_is_for_all_turns_or_for_each():
