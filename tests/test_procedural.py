@@ -235,7 +235,7 @@ def lessons(**section):
 
 
 def spelled(tokenizer, pairs) -> list[tuple[str, str]]:
-    return [(tokenizer.decode(p), tokenizer.decode(t[:-1])) for p, t in pairs]
+    return [(tokenizer.decode(p), tokenizer.decode(t[:-1])) for p, t, _ in pairs]
 
 
 def test_a_lesson_is_every_turn_through_the_teams_own_prompts():
