@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ccpo.errors import UserError
-from ccpo.evaluate import Sitting, evaluate, headline, interval, pass_at_k
+from ccpo.evaluate import Exam, evaluate, headline, interval, pass_at_k
 from ccpo.rollout import Limits
 from ccpo.teams import PlayTeam, Team, think_solve, voting
 from scripted import ScriptedEngine, by_agent, exact_task, pick, problem, voice, voices
@@ -20,10 +20,10 @@ VOTERS = voting(3, prompts={f"voter{i}": f"voter{i}: {{problem}}" for i in (1, 2
 TEN = tuple(problem(f"p{i}", "yes" if i < 7 else "no") for i in range(10))
 
 
-def report(team: Team | PlayTeam, say, problems=TEN, **sitting) -> dict:
+def report(team: Team | PlayTeam, say, problems=TEN, **exam) -> dict:
     engine = ScriptedEngine(say)
     tests = {"ten": exact_task(*problems)}
-    return evaluate(team, tests, voices(team.agent_names, engine), Limits(), Sitting(**sitting))["ten"]
+    return evaluate(team, tests, voices(team.agent_names, engine), Limits(), Exam(**exam))["ten"]
 
 
 def yes(prompt: str, seed: int) -> str:
@@ -115,7 +115,7 @@ def test_only_so_many_problems_are_asked():
     assert report(PAIR, yes, problems=TEN, ablations=False)["problems"] == 10
     engine = ScriptedEngine(yes)
     tests = {"a": exact_task(*TEN), "b": exact_task(*TEN[7:])}
-    found = evaluate(PAIR, tests, voices(PAIR.agent_names, engine), Limits(), Sitting(problems=4, ablations=False))
+    found = evaluate(PAIR, tests, voices(PAIR.agent_names, engine), Limits(), Exam(problems=4, ablations=False))
     assert (found["a"]["problems"], found["b"]["problems"]) == (4, 3)
     assert (found["a"]["team"]["mean"], found["b"]["team"]["mean"]) == (1.0, 0.0)
     assert {p for p in engine.prompts if p.startswith("thinker")} == {f"thinker: p{i}" for i in (0, 1, 2, 3, 7, 8, 9)}
@@ -129,22 +129,22 @@ def test_an_empty_data_set_is_refused_by_name():
             return 0
 
     with pytest.raises(UserError, match="data set 'hard' is empty"):
-        evaluate(PAIR, {"hard": Empty()}, {}, Limits(), Sitting())
+        evaluate(PAIR, {"hard": Empty()}, {}, Limits(), Exam())
 
 
-def test_the_sitting_sets_how_everybody_samples():
+def test_the_exam_sets_how_everybody_samples():
     engine = ScriptedEngine(yes)
     spoken = {
         name: voice(name, engine, max_tokens=9, temperature=1.0, top_k=5, stop=("\n",)) for name in PAIR.agent_names
     }
     tests = {"ten": exact_task(*TEN)}
-    evaluate(PAIR, tests, spoken, Limits(), Sitting(problems=1, temperature=0.6, top_p=0.7, ablations=False))
+    evaluate(PAIR, tests, spoken, Limits(), Exam(problems=1, temperature=0.6, top_p=0.7, ablations=False))
     for batch in engine.calls:
         for _, r in batch:
             assert (r.temperature, r.top_p, r.top_k, r.max_tokens, r.stop) == (0.6, 0.7, 0, 9, ("\n",))
 
 
-def test_the_same_sitting_gives_the_same_report_and_another_seed_another():
+def test_the_same_exam_gives_the_same_report_and_another_seed_another():
     def say(prompt, seed):
         return pick(seed, "yes", "no")
 
@@ -211,7 +211,7 @@ def test_without_blank_and_alone_are_three_questions():
 def test_a_voter_alone_and_a_vote_without_it():
     said = by_agent({"voter1": lambda *_: "yes", "voter2": lambda *_: "no", "voter3": lambda *_: "yes"})
     engine = ScriptedEngine(said)
-    found = evaluate(VOTERS, {"ten": exact_task(*TEN)}, voices(VOTERS.agent_names, engine), Limits(), Sitting())["ten"]
+    found = evaluate(VOTERS, {"ten": exact_task(*TEN)}, voices(VOTERS.agent_names, engine), Limits(), Exam())["ten"]
     assert found["team"]["mean"] == pytest.approx(0.7)
     assert {name: r["mean"] for name, r in found["alone"].items()} == pytest.approx(
         {"voter1": 0.7, "voter2": 0.3, "voter3": 0.7}

@@ -68,7 +68,7 @@ def evaluate(
 ) -> None:
     """Evaluate a trained team: its accuracy, each agent alone, and the team without each agent."""
     from ccpo.display import evaluation_tables, progress_note
-    from ccpo.evaluate import Sitting
+    from ccpo.evaluate import Exam
     from ccpo.evaluate import evaluate as run_evaluation
     from ccpo.runfolder import write_json
     from ccpo.runs import open_crew
@@ -79,7 +79,7 @@ def evaluate(
         setup, crew, checkpoint = open_crew(run)
     settings = setup.config.eval
     default = settings.temperature if samples == 1 else settings.temperature or 1.0
-    sitting = Sitting(
+    exam = Exam(
         problems=problems or settings.problems,
         samples=samples,
         temperature=default if temperature is None else temperature,
@@ -88,10 +88,10 @@ def evaluate(
         seed=setup.config.run.seed,
     )
     with progress_note("evaluating"):
-        reports = run_evaluation(setup.team, tests or setup.tests, crew.voices(), setup.limits, sitting)
+        reports = run_evaluation(setup.team, tests or setup.tests, crew.voices(), setup.limits, exam)
     evaluation_tables(reports, checkpoint)
     if json is not None:
-        write_json(json, {"checkpoint": str(checkpoint), "sitting": sitting.__dict__, "reports": reports})
+        write_json(json, {"checkpoint": str(checkpoint), "exam": exam.__dict__, "reports": reports})
         typer.echo(f"Report: {json}")
 
 

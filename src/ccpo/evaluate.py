@@ -17,7 +17,7 @@ SOLVED = 0.999  # a reward from here on counts as solved in pass@k
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sitting:
+class Exam:
     """How an evaluation samples: problems of each data set, samples a problem, temperature, top-p, whether agents are removed too."""
 
     problems: int = 500
@@ -29,7 +29,7 @@ class Sitting:
 
 
 def evaluate(
-    team: Team | PlayTeam, tests: Mapping[str, Task], voices: Mapping[str, Voice], limits: Limits, sitting: Sitting
+    team: Team | PlayTeam, tests: Mapping[str, Task], voices: Mapping[str, Voice], limits: Limits, exam: Exam
 ) -> dict[str, dict[str, Any]]:
     """A report for each data set.
 
@@ -37,19 +37,19 @@ def evaluate(
     agent by itself; ``without``: the team with an agent's messages dropped, and ``blank``: with them empty (the lazy-agent test of
     arXiv 2603.21563, Table 3). Raises UserError for an empty data set.
     """
-    heard = {agent: _speaking(voice, sitting) for agent, voice in voices.items()}
+    heard = {agent: _speaking(voice, exam) for agent, voice in voices.items()}
     reports = {}
     for name, task in tests.items():
-        count = min(sitting.problems, len(task))
+        count = min(exam.problems, len(task))
         if count == 0:
             raise UserError(f"data set {name!r} is empty; there is nothing to evaluate")
         problems = [task[i] for i in range(count)]
-        reports[name] = _report(team, task, problems, heard, limits, sitting)
+        reports[name] = _report(team, task, problems, heard, limits, exam)
     return reports
 
 
-def _speaking(voice: Voice, sitting: Sitting) -> Voice:
-    sampling = replace(voice.sampling, temperature=sitting.temperature, top_p=sitting.top_p, top_k=0)
+def _speaking(voice: Voice, exam: Exam) -> Voice:
+    sampling = replace(voice.sampling, temperature=exam.temperature, top_p=exam.top_p, top_k=0)
     return replace(voice, sampling=sampling)
 
 
@@ -59,29 +59,27 @@ def _report(
     problems: Sequence[Problem],
     voices: Mapping[str, Voice],
     limits: Limits,
-    sitting: Sitting,
+    exam: Exam,
 ) -> dict[str, Any]:
-    removals: frozenset[Coalition] = (
-        frozenset((name,) for name in team.agent_names) if sitting.ablations else frozenset()
-    )
+    removals: frozenset[Coalition] = frozenset((name,) for name in team.agent_names) if exam.ablations else frozenset()
 
     def play(team: Team | PlayTeam, coalitions: frozenset[Coalition], how: Removal) -> Played:
-        ask = Ask(samples=sitting.samples, coalitions=coalitions, draws=None, removal=how)
-        return play_team(team, task, voices, limits, problems, ask, seed=sitting.seed, step=0)
+        ask = Ask(samples=exam.samples, coalitions=coalitions, draws=None, removal=how)
+        return play_team(team, task, voices, limits, problems, ask, seed=exam.seed, step=0)
 
     joint = play(team, removals, Removal.DROP)
     report: dict[str, Any] = {
         "problems": len(problems),
-        "samples": sitting.samples,
+        "samples": exam.samples,
         "team": interval(joint.reward_PN.mean(1).tolist()),
     }
-    ks = [2**i for i in range(sitting.samples.bit_length()) if 2**i <= sitting.samples]
+    ks = [2**i for i in range(exam.samples.bit_length()) if 2**i <= exam.samples]
     solved = [int(c) for c in (joint.reward_PN >= SOLVED).sum(1)]
-    report["pass@k"] = {str(k): sum(pass_at_k(sitting.samples, c, k) for c in solved) / len(solved) for k in ks}
+    report["pass@k"] = {str(k): sum(pass_at_k(exam.samples, c, k) for c in solved) / len(solved) for k in ks}
     report["majority@k"] = {
         str(k): sum(_majority(group.rollouts[:k]) for group in joint.groups) / len(problems) for k in ks
     }
-    if not sitting.ablations:
+    if not exam.ablations:
         return report
     blank = play(team, removals, Removal.BLANK)
     report["without"] = {c[0]: interval(_means(joint, c)) for c in sorted(removals)}

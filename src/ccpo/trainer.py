@@ -13,7 +13,7 @@ from torch import Tensor
 from ccpo import credit as credit_rules
 from ccpo.build import Setup
 from ccpo.crew import Crew
-from ccpo.evaluate import Sitting, evaluate, headline
+from ccpo.evaluate import Exam, evaluate, headline
 from ccpo.learner import TrainRow, load_checkpoint, save_checkpoint
 from ccpo.loggers import Sinks
 from ccpo.rollout import Ask, CounterfactualCache, Played, play_team, write_episodes
@@ -220,7 +220,7 @@ class Trainer:
     def evaluate_now(self, problems: int, *, ablations: bool) -> dict[str, float]:
         """Evaluate, log the full report to ``evaluations.jsonl``, and return the headline figures as metrics."""
         settings = self.config.eval
-        sitting = Sitting(
+        exam = Exam(
             problems=problems,
             samples=settings.samples,
             temperature=settings.temperature,
@@ -228,7 +228,7 @@ class Trainer:
             ablations=ablations,
             seed=self.config.run.seed,
         )
-        reports = evaluate(self.setup.team, self.setup.tests, self.crew.voices(), self.setup.limits, sitting)
+        reports = evaluate(self.setup.team, self.setup.tests, self.crew.voices(), self.setup.limits, exam)
         self.folder.append(self.folder.evaluations, {"step": self.step, "reports": reports})
         flat = headline(reports, self.setup.team, "after")
         return {f"eval/{name.removesuffix('_after')}": value for name, value in flat.items()}
