@@ -238,7 +238,6 @@ class Trainer:
             "credit": self.state,
             "cache": self.cache.to_json(),
             "totals": self.totals,
-            "schedule": {"next": list(self.setup.schedule.active(self.step))},
         }
         save_checkpoint(
             self.folder.path,
