@@ -38,7 +38,20 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "learner": (PURE | BASE | {"losses"}, None),
 }
 WIRING = {"cli", "__main__"}  # imported by nobody
-TOP = {"bootstrap", "build", "chat", "crew", "diagnose", "display", "doctor", "evaluate", "launch", "runs", "trainer"}
+TOP = {
+    "bootstrap",
+    "build",
+    "chat",
+    "crew",
+    "diagnose",
+    "display",
+    "doctor",
+    "evaluate",
+    "launch",
+    "planner",
+    "runs",
+    "trainer",
+}
 TOP |= {"integrations", "__init__"}
 STDLIB = set(sys.stdlib_module_names)
 

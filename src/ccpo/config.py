@@ -19,6 +19,7 @@ from ccpo.explain import explain
 from ccpo.plain_yaml import parse_yaml
 
 Share = Annotated[float, Field(ge=0, le=1)]
+UNLIMITED = 1_000_000  # steps of a run that only its budget of tokens ends
 
 
 class Section(BaseModel):
@@ -140,6 +141,10 @@ class SamplingSection(Section):
 class RolloutSection(Section):
     prompts: int = Field(16, ge=1, description="P: problems a step")
     samples: int = Field(4, ge=1, description="N: joint rollouts a problem")
+    branch: list[Annotated[int, Field(ge=1)]] | Literal["auto"] | None = Field(
+        None,
+        description="tree of rollouts: texts a context by level of the graph, [4, 2]; 'auto': from measured variances",
+    )
     draws: int | None = Field(None, ge=1, description="M: counterfactual draws; default N a problem, or 1 a rollout")
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -201,7 +206,10 @@ class OptimSection(Section):
 
 
 class TrainerSection(Section):
-    steps: int = Field(100, ge=0)
+    steps: int = Field(100, ge=0, description="the last step; with tokens and no steps: no limit but the tokens")
+    tokens: int | None = Field(
+        None, ge=1, description="budget of generated tokens; the step that reaches it is the last"
+    )
     schedule: Literal["simultaneous", "alternating"] = "simultaneous"
     period: int = Field(10, ge=1, description="steps an agent is trained before the next has its turn")
     first: str | None = Field(None, description="the agent that an alternating schedule starts with")
@@ -210,11 +218,20 @@ class TrainerSection(Section):
     keep_checkpoints: int = Field(2, ge=1)
     shuffle: bool = True
 
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_alone(cls, value: Any) -> Any:
+        """A budget of tokens without a number of steps is not cut short by the default number."""
+        if isinstance(value, Mapping) and value.get("tokens") is not None and "steps" not in value:
+            return {**value, "steps": UNLIMITED}
+        return value
+
 
 class EvalSection(Section):
     tasks: dict[str, Part] = Field({}, description="named data sets; empty: the training task's held-out split")
     problems: int = Field(500, ge=1, description="problems of each data set")
     during: int = Field(200, ge=1, description="problems of each evaluation during training")
+    every_tokens: int | None = Field(None, ge=1, description="evaluate during training every so many generated tokens")
     samples: int = Field(1, ge=1)
     temperature: float = Field(0.0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -241,7 +258,7 @@ class RunConfig(Section):
     task: Part | None = None
     eval: EvalSection = EvalSection()
     credit: Part = Part(kind="ccpo_v1")
-    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++", "none"] = "grpo"
+    advantage: Literal["auto", "grpo", "dr_grpo", "rloo", "reinforce++", "none"] = "auto"
     rollout: RolloutSection = RolloutSection()
     loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
@@ -254,6 +271,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"optim.minibatches is {self.optim.minibatches} but a step has only rollout.prompts = "
                 f"{self.rollout.prompts} problems to split; lower it or raise rollout.prompts"
+            )
+        if self.trainer.steps == UNLIMITED and self.optim.decay != "constant":
+            raise ValueError(
+                f"optim.decay is {self.optim.decay!r}, which needs to know the last step; set trainer.steps beside trainer.tokens"
             )
         return self
 

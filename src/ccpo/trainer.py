@@ -37,7 +37,10 @@ class Trainer:
             total=len(setup.task), batch=config.rollout.prompts, seed=config.run.seed, shuffle=config.trainer.shuffle
         )
         self.cache = CounterfactualCache(policy=config.rollout.cache)
-        self.estimator = credit_rules.ESTIMATORS[config.advantage]
+        self.estimator_name = (
+            config.advantage if config.advantage != "auto" else getattr(setup.rule, "estimator", "grpo")
+        )
+        self.estimator = credit_rules.ESTIMATORS[self.estimator_name]
         self.state: dict[str, Any] = setup.rule.start()
         self.totals = {"joint": 0, "counterfactual": 0, "seconds": 0.0}
         self.step = 0
@@ -144,7 +147,7 @@ class Trainer:
                 for g in played.groups
             ]
         )
-        if self.config.advantage == "reinforce++" and getattr(self.setup.rule, "skip_flat", False):
+        if self.estimator_name == "reinforce++" and getattr(self.setup.rule, "skip_flat", False):
             # whitening would move the zero credit of groups that the rule leaves out
             tokens_PN = tokens_PN * credit_rules.has_spread(played.reward_PN)[:, None]
         group_B = torch.arange(P).repeat_interleave(N)

@@ -158,6 +158,17 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TreePlace:
+    """Where a turn stands in a tree of rollouts: the N rollouts of a problem are, in order, ``contexts`` x ``siblings`` x
+    ``plays``. Rollouts of one context share everything that was spoken at earlier levels; the siblings are the texts sampled
+    for this turn in one context; each text is played on ``plays`` times. The product is N."""
+
+    contexts: int
+    siblings: int
+    plays: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CreditInputs:
     """What a credit rule is given.
 
@@ -165,6 +176,11 @@ class CreditInputs:
     removed, ``[P, N, M]`` where each rollout has draws of its own and ``[P, 1, M]`` where the draws belong to the problem.
     ``decider``: the one agent whose last turn is the team's answer, or None (voting). ``active``: the agents that are
     trained in this step. ``score``: per agent its own correctness ``[P, N]`` where it has an answer.
+
+    By turn, each optional: ``turns`` are the names of an agent's turns in topological order; ``tree`` is where a turn
+    stands when rollouts share turns (absent: every rollout has its own); ``swap`` the rewards ``[P, N, S]`` of rollout
+    n's ballot put into its s-th sibling, for rules with ``swaps``; ``process`` what the task gave the turn itself
+    ``[P, N]``. By rater: ``shares`` ``[P, N, K]`` and whether each rating was valid, for rules with ``rates``.
     """
 
     agents: tuple[str, ...]
@@ -173,6 +189,12 @@ class CreditInputs:
     reward_PN: Tensor
     without: Mapping[Coalition, Tensor] = field(default_factory=dict)
     score: Mapping[str, Tensor] = field(default_factory=dict)
+    turns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tree: Mapping[str, TreePlace] = field(default_factory=dict)
+    swap: Mapping[str, Tensor] = field(default_factory=dict)
+    process: Mapping[str, Tensor] = field(default_factory=dict)
+    shares: Mapping[str, Tensor] = field(default_factory=dict)
+    shares_valid: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +203,8 @@ class CreditOutputs:
 
     ``credit``: per active agent ``[P, N]``. ``weight``: per agent the factor of its joint rows in the loss (absent: 1).
     ``solo_credit`` / ``solo_weight``: per agent, where the rule trains it on counterfactual answers too, the credit
-    ``[P, N or 1, M]`` of those of coalition ``solo_coalition[agent]`` and their factor. ``metrics``: plain floats.
+    ``[P, N or 1, M]`` of those of coalition ``solo_coalition[agent]`` and their factor. ``turn_credit``: by turn
+    ``[P, N]``, in the place of its agent's credit for that turn's rows. ``metrics``: plain floats.
     """
 
     credit: Mapping[str, Tensor]
@@ -189,4 +212,5 @@ class CreditOutputs:
     solo_credit: Mapping[str, Tensor] = field(default_factory=dict)
     solo_weight: Mapping[str, float] = field(default_factory=dict)
     solo_coalition: Mapping[str, Coalition] = field(default_factory=dict)
+    turn_credit: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)

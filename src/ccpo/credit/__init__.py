@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from ccpo.credit.advantage import ESTIMATORS
+from ccpo.credit.auto import AutoCredit
 from ccpo.credit.base import CreditRule, State
 from ccpo.credit.ccpo_v1 import CCPOv1
 from ccpo.credit.ccpo_v2 import CCPOv2
@@ -13,20 +14,24 @@ from ccpo.credit.history import Ema
 from ccpo.credit.own import OwnCorrectness
 from ccpo.credit.removal import Pairing, has_spread, marginal, paired_or_mean
 from ccpo.credit.removal_rule import RemovalCredit
+from ccpo.credit.replay import ReplayCredit
 from ccpo.credit.shared import SharedReward
 from ccpo.credit.telemetry import telemetry
 
 RULES: dict[str, type] = {
+    "auto": AutoCredit,
     "ccpo_v1": CCPOv1,
     "ccpo_v2": CCPOv2,
     "shared": SharedReward,
     "removal": RemovalCredit,
     "own": OwnCorrectness,
+    "replay": ReplayCredit,
 }
 
 __all__ = [
     "ESTIMATORS",
     "RULES",
+    "AutoCredit",
     "CCPOv1",
     "CCPOv2",
     "CreditRule",
@@ -34,6 +39,7 @@ __all__ = [
     "OwnCorrectness",
     "Pairing",
     "RemovalCredit",
+    "ReplayCredit",
     "SharedReward",
     "State",
     "has_spread",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ccpo.credit.removal import paired_or_mean
 from ccpo.errors import UserError, nearest
-from ccpo.types import Coalition, CreditInputs, CreditOutputs
+from ccpo.types import Coalition, CreditInputs, CreditOutputs, TreePlace
 
 State = dict[str, Any]
 """What a rule remembers between batches: plain JSON, part of the checkpoint."""
@@ -30,6 +30,10 @@ class CreditRule(Protocol):
     3. ``rule(inputs, state)`` returns the credit of every active agent ``[P, N]`` and the next state. It is pure:
        neither ``inputs`` nor ``state`` is changed, and statistics carry no gradient. With several processes
        ``inputs`` hold the global batch, so that each process computes the same credit and the same state.
+
+    Attributes a rule may have: ``estimator``, what ``advantage: auto`` means for it ("grpo" where absent); ``branch``, the tree
+    of rollouts it wants where the recipe names none; ``swaps``, that it reads ``inputs.swap``; ``rates``, that it reads
+    ``inputs.shares``. A credit that differs between an agent's turns goes into ``turn_credit``.
 
     ``pairing`` says how draws meet rollouts (:class:`~ccpo.credit.removal.Pairing`): "paired" wants as many draws of a
     problem as joint rollouts, "mean" any number, "cached" may be served from earlier steps; None needs no draws.
@@ -110,3 +114,19 @@ def number_in(key: str, value: object, low: float, high: float) -> None:
     """Raises UserError unless ``value`` is a number with ``low <= value <= high``."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise UserError(f"{key} is a number from {low:g} to {high:g}; found {value!r}")
+
+
+def turn_places(inputs: CreditInputs, agent: str) -> dict[str, TreePlace]:
+    """Where each turn of ``agent`` stands in the tree of rollouts; for rollouts that share nothing, one text a rollout.
+
+    Raises ValueError where the inputs do not name the agent's turns, or a place does not hold N rollouts.
+    """
+    N = inputs.reward_PN.shape[1]
+    if not inputs.turns.get(agent):
+        raise ValueError(f"the rule pays turns, and the inputs name none of agent {agent!r}")
+    plain = TreePlace(contexts=1, siblings=N, plays=1)
+    found = {turn: inputs.tree.get(turn, plain) for turn in inputs.turns[agent]}
+    for turn, place in found.items():
+        if place.contexts * place.siblings * place.plays != N:
+            raise ValueError(f"turn {turn!r} stands at {place}, which are not N = {N} rollouts")
+    return found

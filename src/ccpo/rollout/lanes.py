@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ccpo.teams import Fate, Plan, Team, TurnSpec
+from ccpo.teams import Ballot, Fate, Plan, Team, TurnSpec
 from ccpo.types import Coalition, Problem, Turn
 
 
@@ -23,6 +23,7 @@ class Lane:
     reward: float = 0.0
     answer: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    ballots: list[Ballot] = field(default_factory=list)
 
     @property
     def removed(self) -> Coalition:

@@ -64,6 +64,10 @@ class PlayWalker:
             raise UserError(
                 "rollout.removal 'frozen' is not available for a team that is a Python function; use drop or blank"
             )
+        if ask.branch:
+            raise UserError(
+                "rollout.branch is for teams that are a graph; a team that is a Python function has no levels: set it to null"
+            )
         clock = time.monotonic()
         joint = [Stage(slot=s, problem=p, rollout=n) for s, p in enumerate(problems) for n in range(ask.samples)]
         self._perform(joint, ask, seed, step)

@@ -33,18 +33,15 @@ def score_lanes(team: Team, task: Task, lanes: Sequence[Lane], limits: Limits) -
     verdicts: dict[tuple[int, str], Verdict] = {
         (id(lane), name): verdict for (lane, name), verdict in zip(places, task.verify(pairs), strict=True)
     }
-    ballots: list[list[Ballot]] = []
     for lane in lanes:
         read = {name: verdicts.get((id(lane), name)) for name in team.decision.reads}
         lane.scores = {name: verdict.score if verdict else 0.0 for name, verdict in read.items()}
-        ballots.append(
-            [
-                Ballot(turn=name, answer=v.answer, score=v.score, weight=_confidence(lane.turn(name)))
-                for name, v in read.items()
-                if v is not None
-            ]
-        )
-    for lane, decided in zip(lanes, team.decision.decide_many(ballots), strict=True):
+        lane.ballots = [
+            Ballot(turn=name, answer=v.answer, score=v.score, weight=_confidence(lane.turn(name)))
+            for name, v in read.items()
+            if v is not None
+        ]
+    for lane, decided in zip(lanes, team.decision.decide_many([lane.ballots for lane in lanes]), strict=True):
         lane.answer = decided.answer
         lane.reward = 0.0 if _void(team, lane, limits) else decided.reward
 

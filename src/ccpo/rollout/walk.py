@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,19 +20,24 @@ from ccpo.rollout.cache import CounterfactualCache
 from ccpo.rollout.lanes import Lane
 from ccpo.rollout.score import score_lanes
 from ccpo.rollout.seeds import seed_of
+from ccpo.rollout.swap import swapped
+from ccpo.rollout.tree import Branch, Tree, places, plant
 from ccpo.rollout.voices import Limits, Voice
 from ccpo.tasks.base import Task
 from ccpo.teams import Fate, Function, Plan, Prompt, Team, TurnSpec, render_prompt, strip_boxed
-from ccpo.types import Coalition, Counterfactual, Group, Problem, Removal, Request, Rollout, Turn
+from ccpo.types import Coalition, Counterfactual, Group, Problem, Removal, Request, Rollout, TreePlace, Turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
     """What is to be sampled: N joint rollouts a problem, and for each coalition ``draws`` counterfactuals (None: N a problem, or one a
     rollout). ``keep_turns``: coalitions whose turns are training data, so that the cache must not stand in for them.
-    ``training``: agents that are being trained, whose counterfactual rewards will not last."""
+    ``training``: agents that are being trained, whose counterfactual rewards will not last. ``branch``: the joint rollouts' tree
+    (empty: they share nothing); ``swaps``: ballots put into other rollouts, too."""
 
     samples: int
+    branch: Branch = ()
+    swaps: bool = False
     coalitions: frozenset[Coalition] = frozenset()
     draws: int | None = None
     removal: Removal = Removal.DROP
@@ -44,7 +49,8 @@ class Ask:
 @dataclass(frozen=True, kw_only=True)
 class Played:
     """What was sampled. ``without[coalition]`` is ``[P, N, M]``, or ``[P, 1, M]`` where draws belong to the problem;
-    ``score[agent]`` is ``[P, N]``, each agent's own correctness where the decision reads it. Counts are tokens."""
+    ``score[agent]`` is ``[P, N]``, each agent's own correctness where the decision reads it. ``tree`` and ``swap`` are by turn
+    (:class:`~ccpo.types.CreditInputs`). Counts are tokens: what rollouts of a tree share is counted once."""
 
     groups: tuple[Group, ...]
     reward_PN: Tensor
@@ -52,6 +58,8 @@ class Played:
     score: Mapping[str, Tensor]
     tokens: Mapping[str, int]
     seconds: Mapping[str, float]
+    tree: Mapping[str, TreePlace] = field(default_factory=dict)
+    swap: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -68,6 +76,7 @@ class Walker:
     def play(self, problems: Sequence[Problem], ask: Ask, *, seed: int, step: int) -> Played:
         """Sample and score. The result depends on the seed, the step, the problems and the policies alone."""
         clock = time.monotonic()
+        tree = plant(self.team, ask.branch, ask.samples)
         joint = [
             Lane(slot=slot, problem=problem, rollout=n)
             for slot, problem in enumerate(problems)
@@ -85,25 +94,31 @@ class Walker:
                 if (coalition, lane.slot) not in known
             ]
         every = [*joint, *(lane for group in lanes.values() for lane in group)]
-        self._decode(every, seed, step)
+        self._decode(every, joint, tree, seed, step)
         seconds = {"decode": time.monotonic() - clock}
         clock = time.monotonic()
         score_lanes(self.team, self.task, every, self.limits)
+        swap = swapped(self.team, joint, tree, len(problems)) if ask.swaps else {}
         seconds["verify"] = time.monotonic() - clock
         for coalition, plan in plans.items():
             self._to_cache(lanes[coalition], plan, ask)
-        return _gather(self.team, problems, ask, joint, lanes, cached, plans, seconds)
+        played = _gather(self.team, problems, ask, joint, lanes, cached, plans, seconds)
+        return replace(played, tree=places(self.team, tree), swap=swap)
 
-    def _decode(self, lanes: Sequence[Lane], seed: int, step: int) -> None:
-        for level in self.team.levels:
+    def _decode(self, lanes: Sequence[Lane], joint: Sequence[Lane], tree: Tree, seed: int, step: int) -> None:
+        for depth, level in enumerate(self.team.levels):
             batches: dict[int, list[tuple[Lane, TurnSpec, Voice]]] = defaultdict(list)
             for spec in level:
                 for lane in lanes:
-                    if lane.decodes(spec):
+                    shared = lane.plan is None and tree.owner(lane.rollout, depth) != lane.rollout
+                    if lane.decodes(spec) and not shared:
                         voice = self._voice(lane, spec)
                         batches[id(voice.engine)].append((lane, spec, voice))
             for batch in batches.values():
                 self._speak(batch, seed, step)
+            for number, lane in enumerate(joint):
+                owner = joint[number - lane.rollout + tree.owner(lane.rollout, depth)]
+                lane.spoken |= {spec.name: owner.spoken[spec.name] for spec in level}
 
     def _voice(self, lane: Lane, spec: TurnSpec) -> Voice:
         if lane.fate(spec.name) is Fate.FROZEN:
@@ -277,9 +292,8 @@ def _scored_turns(team: Team) -> dict[str, str]:
 def _count_tokens(joint: Sequence[Lane], counterfactual: Sequence[Lane]) -> dict[str, int]:
     counts: Counter[str] = Counter(joint=0, counterfactual=0, prefill=0, cut=0)
     for kind, lanes in (("joint", joint), ("counterfactual", counterfactual)):
-        for lane in lanes:
-            for turn in lane.spoken.values():
-                counts[kind] += len(turn.completion.token_ids)
-                counts["prefill"] += len(turn.prompt_ids)
-                counts["cut"] += turn.cut_tokens
+        for turn in {id(turn): turn for lane in lanes for turn in lane.spoken.values()}.values():
+            counts[kind] += len(turn.completion.token_ids)
+            counts["prefill"] += len(turn.prompt_ids)
+            counts["cut"] += turn.cut_tokens
     return dict(counts)

@@ -24,7 +24,7 @@ from ccpo.teams.play import PlayTeam, Speak
 from ccpo.teams.ready import chain, debate, manager_workers, think_solve, voting
 from ccpo.teams.spec import custom, team_from_dict
 from ccpo.teams.templates import Template
-from ccpo.teams.votes import VoteKind, majority_BK, recount_without
+from ccpo.teams.votes import ABSTAIN, VoteKind, majority_BK, recount_without
 
 TEAMS: dict[str, Callable[..., Team]] = {
     "think_solve": think_solve,
@@ -36,6 +36,7 @@ TEAMS: dict[str, Callable[..., Team]] = {
 }
 
 __all__ = [
+    "ABSTAIN",
     "DECISIONS",
     "TEAMS",
     "Agent",
