@@ -39,6 +39,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
 }
 WIRING = {"cli", "__main__"}  # imported by nobody
 TOP = {
+    "compare",
     "bootstrap",
     "build",
     "chat",
@@ -48,6 +49,7 @@ TOP = {
     "doctor",
     "evaluate",
     "launch",
+    "pay",
     "planner",
     "runs",
     "trainer",

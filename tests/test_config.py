@@ -50,7 +50,7 @@ def recipe(tmp_path: Path):
 
 def test_a_wrong_key_names_its_path_what_is_allowed_and_the_nearest_name(recipe):
     message = refused(recipe("trainer: {stepz: 3}"))
-    assert message.startswith("mine.yaml: trainer.stepz: unknown key. Allowed: steps, schedule, period, first,")
+    assert message.startswith("mine.yaml: trainer.stepz: unknown key. Allowed: steps, tokens, schedule, period, first,")
     assert message.endswith("Did you mean 'steps'?")
 
 
@@ -328,7 +328,7 @@ def test_set_of_a_wrong_key_is_refused_like_the_recipes():
 
 def test_an_unknown_kind_lists_the_kinds_and_the_nearest():
     message = not_built({"credit": "ccpo_v3"})
-    assert message.startswith("credit.kind: found 'ccpo_v3'; it is one of ccpo_v1, ccpo_v2, shared")
+    assert message.startswith("credit.kind: found 'ccpo_v3'; it is one of auto, ccpo_v1, ccpo_v2, shared")
     assert "module:attribute of your own" in message
     assert "Did you mean 'ccpo_v" in message
     assert "team.kind: found 'vote'" in not_built({"team": "vote"})

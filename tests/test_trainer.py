@@ -292,15 +292,16 @@ def test_a_hand_written_play_trains(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_batch(tmp_path, monkeypatch):
-    from ccpo.trainer import Trainer
+    from ccpo.pay import Payroll
 
-    advantage = Trainer._advantage
+    advantage, calls = Payroll.advantage, []
 
     def poisoned(self, credit_PN, agent, played):
+        calls.append(agent)  # two agents, each asked for its own advantage and that under shared reward: four a step
         value_PN = advantage(self, credit_PN, agent, played)
-        return torch.full_like(value_PN, float("nan")) if self.step == 2 else value_PN
+        return torch.full_like(value_PN, float("nan")) if len(calls) > 8 else value_PN
 
-    monkeypatch.setattr(Trainer, "_advantage", poisoned)
+    monkeypatch.setattr(Payroll, "advantage", poisoned)
     with pytest.raises(RunFailure, match=r"step"):
         ccpo.train(recipe(tmp_path / "run"))
     assert any((tmp_path / "run" / "failure").rglob("*.safetensors"))

@@ -14,7 +14,7 @@ from ccpo.config import Part, RunConfig
 from ccpo.errors import UserError, nearest
 from ccpo.explain import explain
 from ccpo.imports import load_object
-from ccpo.rollout import Limits, Sampling
+from ccpo.rollout import Limits, Sampling, plant
 from ccpo.schedule import ProblemSampler, Schedule
 from ccpo.tasks import TASKS, ProceduralTask, Task, limited
 from ccpo.teams import TEAMS, PlayTeam, Team
@@ -23,7 +23,8 @@ from ccpo.types import Removal
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A recipe's objects, short of the models. ``tests`` are the evaluation's data sets by name."""
+    """A recipe's objects, short of the models. ``tests`` are the evaluation's data sets by name. ``branch``: the tree
+    of rollouts, "auto" where a planner chooses it."""
 
     config: RunConfig
     team: Team | PlayTeam
@@ -34,6 +35,7 @@ class Setup:
     policy_of: Mapping[str, str]
     samplings: Mapping[str, Sampling]
     limits: Limits
+    branch: tuple[int, ...] | str = ()
 
     @property
     def removal(self) -> Removal:
@@ -101,7 +103,26 @@ def prepare(
             max_message_tokens=config.rollout.max_message_tokens,
             truncated_is_zero=config.rollout.truncated == "zero",
         ),
+        branch=_branch(config, team, rule),
     )
+
+
+def _branch(config: RunConfig, team: Team | PlayTeam, rule: Any) -> tuple[int, ...] | str:
+    """The tree of rollouts: the recipe's, else the rule's own wish, else none; "auto" leaves it to the planner."""
+    wanted = config.rollout.branch
+    if wanted is None:
+        wanted = getattr(rule, "branch", None)
+        if not isinstance(team, Team) or wanted is None:
+            return ()
+    if not isinstance(team, Team):
+        raise UserError(
+            "rollout.branch is for teams that are a graph; a team that is a Python function has no levels: set it to null"
+        )
+    if wanted == "auto":
+        if config.rollout.samples < 2:
+            raise UserError("a tree of rollouts needs at least two a problem: set rollout.samples to 2 or more")
+        return "auto" if len(team.levels) > 1 else ()
+    return plant(team, wanted, config.rollout.samples).branch
 
 
 def _check_agents(config: RunConfig, team: Team | PlayTeam) -> None:

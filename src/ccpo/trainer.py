@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ccpo import credit as credit_rules
 from ccpo.build import Setup
 from ccpo.crew import Crew
 from ccpo.evaluate import Exam, evaluate, headline
-from ccpo.learner import TrainRow, load_checkpoint, save_checkpoint
+from ccpo.learner import load_checkpoint, save_checkpoint
 from ccpo.loggers import Sinks
+from ccpo.pay import Payroll, lists, training_rows, turn_lengths
+from ccpo.planner import Planner
 from ccpo.rollout import Ask, CounterfactualCache, Played, play_team, write_episodes
 from ccpo.runfolder import RunFolder
 from ccpo.schedule import ProblemSampler
-from ccpo.types import CreditInputs, CreditOutputs
+from ccpo.types import CreditInputs
+
+KINDS = ("joint", "counterfactual", "rating")
+"""What generated tokens are spent on."""
 
 Progress = Callable[[int, Mapping[str, float]], None]
 
@@ -37,12 +40,15 @@ class Trainer:
             total=len(setup.task), batch=config.rollout.prompts, seed=config.run.seed, shuffle=config.trainer.shuffle
         )
         self.cache = CounterfactualCache(policy=config.rollout.cache)
-        self.estimator_name = (
-            config.advantage if config.advantage != "auto" else getattr(setup.rule, "estimator", "grpo")
+        chosen = config.advantage
+        self.payroll = Payroll(
+            estimator=getattr(setup.rule, "estimator", "grpo") if chosen == "auto" else chosen,
+            skip_flat=getattr(setup.rule, "skip_flat", False),
+            boxed_reward=config.rollout.boxed_reward,
         )
-        self.estimator = credit_rules.ESTIMATORS[self.estimator_name]
+        self.planner = Planner(setup.team, config.rollout.samples) if setup.branch == "auto" else None
         self.state: dict[str, Any] = setup.rule.start()
-        self.totals = {"joint": 0, "counterfactual": 0, "seconds": 0.0}
+        self.totals = {**dict.fromkeys(KINDS, 0), "seconds": 0.0}
         self.step = 0
         self.stopping: int | None = None
 
@@ -52,17 +58,35 @@ class Trainer:
         """Train to the last step. Returns False where a signal ended it early; the step in hand is finished and saved first."""
         trainer = self.config.trainer
         with _Signals(self):
-            while self.step < trainer.steps and self.stopping is None:
+            while not self.done and self.stopping is None:
+                spent = self.tokens
                 metrics = self.train_step()
-                done = self.step == trainer.steps
-                if trainer.eval_every and self.step % trainer.eval_every == 0 and not done:
+                done = self.done
+                if self._examines(spent) and not done:
                     metrics |= self.evaluate_now(self.config.eval.during, ablations=False)
                 self.folder.append(self.folder.metrics, {"step": self.step, **metrics})
                 self.sinks.write(self.step, metrics)
                 self.progress(self.step, metrics)
                 if done or self.stopping is not None or (trainer.save_every and self.step % trainer.save_every == 0):
                     self.save()
-        return self.step >= trainer.steps
+        return self.done
+
+    @property
+    def tokens(self) -> int:
+        """Generated tokens so far: joint, counterfactual and rating turns."""
+        return sum(int(self.totals[kind]) for kind in KINDS)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last step is done, or the budget of tokens is spent."""
+        trainer = self.config.trainer
+        return self.step >= trainer.steps or (trainer.tokens is not None and self.tokens >= trainer.tokens)
+
+    def _examines(self, spent: int) -> bool:
+        """Whether an evaluation is due after the step that began with ``spent`` tokens."""
+        by_steps, by_tokens = self.config.trainer.eval_every, self.config.eval.every_tokens
+        due = bool(by_steps) and self.step % by_steps == 0
+        return due or (by_tokens is not None and self.tokens // by_tokens > spent // by_tokens)
 
     def train_step(self) -> dict[str, float]:
         """One step; returns its metrics."""
@@ -70,6 +94,7 @@ class Trainer:
         active = self.setup.schedule.active(self.step)
         problems = [self.setup.task[i] for i in self.sampler.indices(self.step)]
         played = self.play(problems, active)
+        planned = self._plan_ahead(played)
         inputs = CreditInputs(
             agents=self.setup.team.agent_names,
             decider=self.setup.team.decider,
@@ -77,23 +102,28 @@ class Trainer:
             reward_PN=played.reward_PN,
             without=played.without,
             score=played.score,
+            turns=played.turns,
+            tree=played.tree,
+            swap=played.swap,
         )
         started = time.monotonic()
         outputs, self.state = self.setup.rule(inputs, self.state)
-        credit = {agent: credit_PN + self._boxed(agent, played) for agent, credit_PN in outputs.credit.items()}
-        advantage = {agent: self._advantage(credit_PN, agent, played) for agent, credit_PN in credit.items()}
-        shared = {agent: self._advantage(played.reward_PN, agent, played) for agent in credit}
-        credit_seconds = time.monotonic() - started
-        stats = self.crew.learner.step(
-            self._minibatches(played, outputs, advantage), step=self.step, failure_folder=self.folder.failure
+        credit = self.payroll.credit(outputs, played)
+        advantage = {agent: self.payroll.advantage(credit_PN, agent, played) for agent, credit_PN in credit.items()}
+        shared = {agent: self.payroll.advantage(played.reward_PN, agent, played) for agent in credit}
+        by_turn = {turn: a for agent in credit for turn, a in self.payroll.by_turn(outputs, agent, played).items()}
+        rows = training_rows(
+            played, outputs, advantage, by_turn, self.payroll.solo(outputs), self.config.optim.minibatches
         )
+        credit_seconds = time.monotonic() - started
+        stats = self.crew.learner.step(rows, step=self.step, failure_folder=self.folder.failure)
         started = time.monotonic()
         self.crew.refresh()
         refresh_seconds = time.monotonic() - started
         self.step += 1
         if self.config.log.episodes:
             write_episodes(
-                self.folder.episode_file(self.step), self.step, played.groups, _lists(credit), _lists(advantage)
+                self.folder.episode_file(self.step), self.step, played.groups, lists(credit), lists(advantage)
             )
         return (
             {"reward/team": played.reward_PN.double().mean().item()}
@@ -101,7 +131,8 @@ class Trainer:
             | {f"reward/{agent}_own": s.double().mean().item() for agent, s in played.score.items()}
             | dict(outputs.metrics)
             | credit_rules.telemetry(inputs, outputs, advantage, shared)
-            | _lengths(played)
+            | turn_lengths(played)
+            | planned
             | self.cache.report()
             | stats.metrics
             | self._costs(
@@ -114,9 +145,12 @@ class Trainer:
         config = self.config.rollout
         team = self.setup.team
         coalitions = self.setup.rule.needs(team.agent_names, team.decider, active)
+        branch = self.planner.branch(self.step) if self.planner else self.setup.branch
         trains_solo = getattr(self.setup.rule, "gate", None) == "trajectory" and team.decider in active
         ask = Ask(
-            samples=config.samples,
+            samples=math.prod(branch) if branch else config.samples,
+            branch=branch,
+            swaps=getattr(self.setup.rule, "swaps", False),
             coalitions=coalitions,
             draws=config.draws,
             removal=self.setup.removal,
@@ -137,86 +171,24 @@ class Trainer:
             cache=self.cache,
         )
 
-    # --- from credit to rows -----------------------------------------------------------------------------------------------
-
-    def _advantage(self, credit_PN: Tensor, agent: str, played: Played) -> Tensor:
-        P, N = credit_PN.shape
-        tokens_PN = torch.tensor(
-            [
-                [sum(len(t.completion.token_ids) for t in r.turns if t.agent == agent) for r in g.rollouts]
-                for g in played.groups
-            ]
-        )
-        if self.estimator_name == "reinforce++" and getattr(self.setup.rule, "skip_flat", False):
-            # whitening would move the zero credit of groups that the rule leaves out
-            tokens_PN = tokens_PN * credit_rules.has_spread(played.reward_PN)[:, None]
-        group_B = torch.arange(P).repeat_interleave(N)
-        advantage_PN = self.estimator(credit_PN.flatten(), group_B, tokens_PN.flatten()).reshape(P, N)
-        return advantage_PN * (tokens_PN > 0)
-
-    def _boxed(self, agent: str, played: Played) -> Tensor | float:
-        """The optional format reward: what an agent is paid for writing ``\\boxed``."""
-        bonus = self.config.rollout.boxed_reward.get(agent, 0.0)
-        if not bonus:
-            return 0.0
-        wrote = [
-            [any("\\boxed" in t.completion.text for t in r.turns if t.agent == agent) for r in g.rollouts]
-            for g in played.groups
-        ]
-        return bonus * torch.tensor(wrote).float()
-
-    def _minibatches(
-        self, played: Played, outputs: CreditOutputs, advantage: Mapping[str, Tensor]
-    ) -> list[list[TrainRow]]:
-        """Rows of every turn an active agent spoke, and of the solo answers that the rule trains on; problems split among mini-batches."""
-        solo_advantage = {
-            agent: self.estimator(
-                credit.flatten(),
-                torch.arange(credit.shape[0]).repeat_interleave(credit.flatten(1).shape[1]),
-                torch.ones(credit.numel(), dtype=torch.long),
-            ).reshape(credit.shape[0], -1)
-            for agent, credit in outputs.solo_credit.items()
-        }
-        rows: list[list[TrainRow]] = [[] for _ in range(self.config.optim.minibatches)]
-        segment = 0
-        for p, group in enumerate(played.groups):
-            target = rows[p * len(rows) // len(played.groups)]
-            for agent, advantage_PN in advantage.items():
-                weight = outputs.weight.get(agent, 1.0)
-                for n, rollout in enumerate(group.rollouts):
-                    segment += 1
-                    value = float(advantage_PN[p, n]) * weight
-                    target += [self._row(turn, value, segment) for turn in rollout.turns if turn.agent == agent]
-            for agent, advantage_PD in solo_advantage.items():
-                solos = [c for c in group.counterfactuals if c.removed == outputs.solo_coalition[agent]]
-                for d, solo in enumerate(solos):
-                    segment += 1
-                    value = float(advantage_PD[p, d]) * outputs.solo_weight[agent]
-                    target += [self._row(turn, value, segment) for turn in solo.turns if turn.agent == agent]
-        return rows
-
-    def _row(self, turn: Any, advantage: float, segment: int) -> TrainRow:
-        return TrainRow(
-            policy=turn.policy,
-            agent=turn.agent,
-            prompt_ids=turn.prompt_ids,
-            token_ids=turn.completion.token_ids,
-            engine_logprobs=turn.completion.logprobs,
-            advantage=advantage,
-            segment=segment,
-            temperature=turn.temperature,
-        )
+    def _plan_ahead(self, played: Played) -> dict[str, float]:
+        """Let the planner see the step; its metrics."""
+        if self.planner is None:
+            return {}
+        branch = self.planner.branch(self.step)
+        self.planner.learn(played, branch)
+        return self.planner.metrics(branch)
 
     # --- what is kept ------------------------------------------------------------------------------------------------------
 
     def _costs(self, played: Played, clock: float, seconds: Mapping[str, float]) -> dict[str, float]:
         total = time.monotonic() - clock
-        for kind in ("joint", "counterfactual"):
-            self.totals[kind] += played.tokens[kind]
+        for kind in KINDS:
+            self.totals[kind] += played.tokens.get(kind, 0)
         self.totals["seconds"] += total
         return (
             {f"tokens/{kind}": float(count) for kind, count in played.tokens.items()}
-            | {"tokens/total": float(self.totals["joint"] + self.totals["counterfactual"])}
+            | {"tokens/total": float(self.tokens)}
             | {f"seconds/{phase}": value for phase, value in {**played.seconds, **seconds, "step": total}.items()}
         )
 
@@ -232,7 +204,7 @@ class Trainer:
             seed=self.config.run.seed,
         )
         reports = evaluate(self.setup.team, self.setup.tests, self.crew.voices(), self.setup.limits, exam)
-        self.folder.append(self.folder.evaluations, {"step": self.step, "reports": reports})
+        self.folder.append(self.folder.evaluations, {"step": self.step, "tokens": self.tokens, "reports": reports})
         flat = headline(reports, self.setup.team, "after")
         return {f"eval/{name.removesuffix('_after')}": value for name, value in flat.items()}
 
@@ -241,6 +213,7 @@ class Trainer:
             "credit": self.state,
             "cache": self.cache.to_json(),
             "totals": self.totals,
+            "layout": self.planner.state if self.planner else {},
         }
         save_checkpoint(
             self.folder.path,
@@ -256,7 +229,9 @@ class Trainer:
         self.step, state = load_checkpoint(checkpoint, self.crew.policies, self.crew.learner)
         self.state = state["credit"]
         self.cache.load_json(state["cache"])
-        self.totals = dict(state["totals"])
+        self.totals |= state["totals"]
+        if self.planner:
+            self.planner.state = state["layout"]
         self.crew.refresh(everything=True)
         self.folder.rewind(self.step)
 
@@ -283,21 +258,3 @@ class _Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
-
-
-def _lists(values: Mapping[str, Tensor]) -> dict[str, list[list[float]]]:
-    return {agent: value_PN.tolist() for agent, value_PN in values.items()}
-
-
-def _lengths(played: Played) -> dict[str, float]:
-    """Mean length and truncation rate of each agent's turns."""
-    lengths: dict[str, list[int]] = {}
-    cut: dict[str, list[bool]] = {}
-    for group in played.groups:
-        for rollout in group.rollouts:
-            for turn in rollout.turns:
-                lengths.setdefault(turn.agent, []).append(len(turn.completion.token_ids))
-                cut.setdefault(turn.agent, []).append(turn.completion.finish == "length")
-    return {f"completions/{a}/mean_length": sum(v) / len(v) for a, v in lengths.items()} | {
-        f"completions/{a}/clipped_ratio": sum(v) / len(v) for a, v in cut.items()
-    }

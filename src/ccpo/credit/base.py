@@ -119,13 +119,11 @@ def number_in(key: str, value: object, low: float, high: float) -> None:
 def turn_places(inputs: CreditInputs, agent: str) -> dict[str, TreePlace]:
     """Where each turn of ``agent`` stands in the tree of rollouts; for rollouts that share nothing, one text a rollout.
 
-    Raises ValueError where the inputs do not name the agent's turns, or a place does not hold N rollouts.
+    Raises ValueError where a place does not hold N rollouts.
     """
     N = inputs.reward_PN.shape[1]
-    if not inputs.turns.get(agent):
-        raise ValueError(f"the rule pays turns, and the inputs name none of agent {agent!r}")
     plain = TreePlace(contexts=1, siblings=N, plays=1)
-    found = {turn: inputs.tree.get(turn, plain) for turn in inputs.turns[agent]}
+    found = {turn: inputs.tree.get(turn, plain) for turn in inputs.turns.get(agent, (agent,))}
     for turn, place in found.items():
         if place.contexts * place.siblings * place.plays != N:
             raise ValueError(f"turn {turn!r} stands at {place}, which are not N = {N} rollouts")

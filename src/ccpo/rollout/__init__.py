@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from ccpo.rollout.cache import CounterfactualCache
 from ccpo.rollout.episodes import SCHEMA, read_episodes, write_episodes
 from ccpo.rollout.play import PlayWalker
+from ccpo.rollout.tree import Tree, plant
 from ccpo.rollout.voices import Limits, Sampling, Voice
 from ccpo.rollout.walk import Ask, Played, Walker
 from ccpo.tasks.base import Task
@@ -49,8 +50,10 @@ __all__ = [
     "PlayWalker",
     "Played",
     "Sampling",
+    "Tree",
     "Voice",
     "Walker",
+    "plant",
     "play_team",
     "read_episodes",
     "write_episodes",

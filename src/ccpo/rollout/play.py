@@ -256,6 +256,7 @@ class PlayWalker:
             reward_PN=torch.tensor([s.reward for s in joint]).reshape(P, N),
             without={c: torch.tensor([s.reward for s in group]).reshape(P, N, -1) for c, group in lanes.items()},
             score={},
+            turns={agent: (agent,) for agent in self.team.agent_names},
             tokens=tokens
             | {
                 "prefill": sum(len(t.prompt_ids) for s in every for t in s.fresh),

@@ -49,8 +49,8 @@ class Ask:
 @dataclass(frozen=True, kw_only=True)
 class Played:
     """What was sampled. ``without[coalition]`` is ``[P, N, M]``, or ``[P, 1, M]`` where draws belong to the problem;
-    ``score[agent]`` is ``[P, N]``, each agent's own correctness where the decision reads it. ``tree`` and ``swap`` are by turn
-    (:class:`~ccpo.types.CreditInputs`). Counts are tokens: what rollouts of a tree share is counted once."""
+    ``score[agent]`` is ``[P, N]``, each agent's own correctness where the decision reads it. ``turns``, ``tree`` and ``swap``: see
+    :class:`~ccpo.types.CreditInputs`. Counts are tokens: what rollouts of a tree share is counted once."""
 
     groups: tuple[Group, ...]
     reward_PN: Tensor
@@ -58,6 +58,7 @@ class Played:
     score: Mapping[str, Tensor]
     tokens: Mapping[str, int]
     seconds: Mapping[str, float]
+    turns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tree: Mapping[str, TreePlace] = field(default_factory=dict)
     swap: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -103,7 +104,8 @@ class Walker:
         for coalition, plan in plans.items():
             self._to_cache(lanes[coalition], plan, ask)
         played = _gather(self.team, problems, ask, joint, lanes, cached, plans, seconds)
-        return replace(played, tree=places(self.team, tree), swap=swap)
+        turns = {a: tuple(t.name for t in self.team.turns_of(a)) for a in self.team.agent_names}
+        return replace(played, turns=turns, tree=places(self.team, tree), swap=swap)
 
     def _decode(self, lanes: Sequence[Lane], joint: Sequence[Lane], tree: Tree, seed: int, step: int) -> None:
         for depth, level in enumerate(self.team.levels):
