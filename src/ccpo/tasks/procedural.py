@@ -3,6 +3,10 @@
 A problem is a pure function of (seed, split, index). Train and test never share a problem: a text belongs to the test
 split when its CRC-32 is 0 modulo 10. A *teacher* says what a turn would say: right, or wrong with probability ``noise``
 in the way that a careless agent is wrong (an error that is carried on, another letter).
+
+``misled`` makes the teacher wrong in another way: about a fixed share of the facts that a task rests on (that 7 after 5 makes 2), each of them
+wrong with probability ``noise`` whenever it is needed, and always in the same way. A model taught so holds false beliefs, one beside the
+other: reinforcement learning must find out which, where careless slips are cured by being surer of everything at once.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ import zlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from ccpo.errors import UserError
 from ccpo.tasks.verifiers import choice_verdict, exact_verdict
-from ccpo.types import Problem, Verdict
+from ccpo.types import Problem, Verdict, VerdictStatus
 
 Heard = Mapping[str, str | None]
 """The messages a turn reads, by turn name; None where the speaker was removed."""
@@ -25,15 +30,19 @@ Heard = Mapping[str, str | None]
 
 @dataclass(frozen=True, kw_only=True)
 class ProceduralTask:
-    """Problems made from a seed. ``size`` problems; ``split`` train or test; ``seed`` chooses another stream."""
+    """Problems made from a seed. ``size`` problems; ``split`` train or test; ``seed`` chooses another stream; ``misled`` is the share of
+    facts that a teacher with ``noise`` is wrong about (0: slips are random)."""
 
     size: int = 100_000
     split: Literal["train", "test"] = "train"
     seed: int = 0
+    misled: float = 0.0
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise UserError(f"task.size is {self.size}; a task needs at least one problem")
+        if not 0 <= self.misled <= 1:
+            raise UserError(f"task.misled is {self.misled}; it is a share of facts, from 0 to 1")
 
     def __len__(self) -> int:
         return self.size
@@ -67,16 +76,36 @@ class ProceduralTask:
     def verify(self, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         return [exact_verdict(problem, text) for problem, text in pairs]
 
+    def believes(self, fact: str, right: int, values: int, rng: random.Random, noise: float) -> int:
+        """What a misled teacher takes a fact of ``values`` possible ones to be: mostly wrong where it is misled, always alike."""
+        draw = random.Random(f"belief/{self.name}/{fact}")
+        if draw.random() >= self.misled or rng.random() >= noise:
+            return right
+        return (right + draw.randrange(1, values)) % values
+
+    def work_out(self, numbers: Sequence[int], rng: random.Random, noise: float, start: int = 0) -> str:
+        """The scratchpad of a running sum modulo 10, by a teacher that slips or that is misled."""
+        if not self.misled:
+            return scratchpad(numbers, rng, noise, start)
+        steps, total = [], start
+        for number in numbers:
+            total = self.believes(f"{total}+{number}", (total + number) % 10, 10, rng, noise)
+            steps.append(f"{number}{total}")
+        return " ".join(steps)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DigitSum(ProceduralTask):
     """The last digit of a sum of digits, ``3+7+1+4`` → 5. The thinker writes each digit with the running sum so far,
     ``33 70 11 45``; the solver reads the last.
 
+    ``graded``: the answer is every running sum (``3015``), paid the share of its digits that are right.
+
     A transformer of a million parameters learns it with that scratchpad and fails without: the thought is needed.
     """
 
     digits: tuple[int, int] = (3, 9)
+    graded: bool = False
     name = "digit_sum"
     alphabet = "0123456789+ "
 
@@ -87,14 +116,40 @@ class DigitSum(ProceduralTask):
     def make(self, rng: random.Random, identity: str) -> Problem:
         low, high = self.digits
         numbers = [rng.randrange(10) for _ in range(rng.randint(low, high))]
-        return Problem(id=identity, text="+".join(map(str, numbers)), answer=str(sum(numbers) % 10), source=self.name)
+        sums = "".join(str(total % 10) for total in accumulate(numbers))
+        answer = sums if self.graded else sums[-1]
+        return Problem(id=identity, text="+".join(map(str, numbers)), answer=answer, source=self.name)
 
     def teach(self, problem: Problem, turn: str, heard: Heard, rng: random.Random, noise: float) -> str:
         numbers = [int(d) for d in problem.text.split("+")]
+        if turn == "single":  # one agent that does both: its scratchpad, then the answer
+            worked = self.work_out(numbers, rng, noise)
+            return f"{worked}={self._read_off(worked, rng, noise)}"
         if turn != "solver":
-            return scratchpad(numbers, rng, noise)
+            return self.work_out(numbers, rng, noise)
         thought = heard.get("thinker")
-        return thought[-1] if thought else problem.answer
+        return self._read_off(thought, rng, noise) if thought else problem.answer
+
+    def _read_off(self, thought: str, rng: random.Random, noise: float) -> str:
+        """The answer as a thought has it."""
+        said = "".join(step[-1] for step in thought.split()) if self.graded else thought[-1]
+        if not self.misled:
+            return said
+        return "".join(str(self.believes(f"reads {digit}", int(digit), 10, rng, noise)) for digit in said)
+
+    def verify(self, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
+        """What stands behind the last ``=``; graded: the share of right digits, none where the answer is longer than it should be."""
+        said = [(problem, text.rpartition("=")[2].strip()) for problem, text in pairs]
+        if not self.graded:
+            return [exact_verdict(problem, text) for problem, text in said]
+        return [_graded(problem.answer, text) for problem, text in said]
+
+
+def _graded(answer: str, text: str) -> Verdict:
+    if not text:
+        return Verdict(score=0.0, answer=None, status=VerdictStatus.NO_ANSWER)
+    right = sum(a == b for a, b in zip(answer, text, strict=False))
+    return Verdict(score=right / len(answer) if len(text) <= len(answer) else 0.0, answer=text)
 
 
 def scratchpad(numbers: Sequence[int], rng: random.Random, noise: float, start: int = 0) -> str:
@@ -147,9 +202,15 @@ class TruthChoice(ProceduralTask):
                 return text
 
     def teach(self, problem: Problem, turn: str, heard: Heard, rng: random.Random, noise: float) -> str:
-        if rng.random() >= noise:
-            return problem.answer
-        return rng.choice(sorted(problem.meta["choices"]))
+        statements = problem.meta["choices"]
+        if not self.misled:
+            return problem.answer if rng.random() >= noise else rng.choice(sorted(statements))
+        believed = [
+            letter
+            for letter, statement in sorted(statements.items())
+            if self.believes(statement, int(letter == problem.answer), 2, rng, noise)
+        ]
+        return rng.choice(believed or sorted(statements))
 
     def verify(self, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         return [choice_verdict(problem, text) for problem, text in pairs]
@@ -188,19 +249,19 @@ class ChainSum(ProceduralTask):
             return _copied(parts, rng, noise)
         if turn == "final":
             said = [_last_digit(heard.get(f"worker{i}")) for i in range(1, len(parts) + 1)]
-            return scratchpad(_flat([p if s is None else [s] for p, s in zip(parts, said, strict=True)]), rng, noise)
+            return self.work_out(_flat([p if s is None else [s] for p, s in zip(parts, said, strict=True)]), rng, noise)
         speaker = re.fullmatch(r"(agent|worker)(\d+)", turn)
         if speaker is None:
-            return scratchpad(_flat(parts), rng, noise)
+            return self.work_out(_flat(parts), rng, noise)
         index = int(speaker[2]) - 1
         own = parts[index] if index < len(parts) else [0]  # more agents than parts: nothing is left to add
         if speaker[1] == "worker":
             planned = (heard.get("plan") or "").split()[index : index + 1]
-            return scratchpad([int(d) for d in planned[0]] if planned else own, rng, noise)
+            return self.work_out([int(d) for d in planned[0]] if planned else own, rng, noise)
         handed_on = next((_last_digit(text) for text in reversed([*heard.values()]) if text), None)
         if handed_on is None:
-            return scratchpad(_flat(parts[: index + 1]), rng, noise)
-        return scratchpad(own, rng, noise, handed_on)
+            return self.work_out(_flat(parts[: index + 1]), rng, noise)
+        return self.work_out(own, rng, noise, handed_on)
 
     def verify(self, pairs: Sequence[tuple[Problem, str]]) -> list[Verdict]:
         """The answer is the last running sum: the last character, whoever spoke last."""

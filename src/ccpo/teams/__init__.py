@@ -21,7 +21,7 @@ from ccpo.teams.decisions import (
 from ccpo.teams.graph import Agent, Team, TurnSpec
 from ccpo.teams.plan import Fate, Plan
 from ccpo.teams.play import PlayTeam, Speak
-from ccpo.teams.ready import chain, debate, manager_workers, think_solve, voting
+from ccpo.teams.ready import chain, debate, manager_workers, single, think_solve, voting
 from ccpo.teams.spec import custom, team_from_dict
 from ccpo.teams.templates import Template
 from ccpo.teams.votes import ABSTAIN, VoteKind, majority_BK, recount_without
@@ -32,6 +32,7 @@ TEAMS: dict[str, Callable[..., Team]] = {
     "chain": chain,
     "debate": debate,
     "manager_workers": manager_workers,
+    "single": single,
     "custom": custom,
 }
 
@@ -65,6 +66,7 @@ __all__ = [
     "manager_workers",
     "recount_without",
     "render_prompt",
+    "single",
     "strip_boxed",
     "team_from_dict",
     "think_solve",

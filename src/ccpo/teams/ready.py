@@ -100,6 +100,13 @@ def think_solve(
     return _team("think_solve", ("thinker", "solver"), turns, LastTurn("solver"), prompts, system, shared_policy)
 
 
+def single(*, prompts: Prompts | None = None, system: System = None) -> Team:
+    """One agent that answers alone: what any team has to be better than."""
+    return _team(
+        "single", ("single",), [TurnSpec("single", "single", VOTER)], LastTurn("single"), prompts, system, None
+    )
+
+
 def voting(
     k: int = 3,
     *,
