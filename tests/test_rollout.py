@@ -40,12 +40,15 @@ def voters(k: int, **keys) -> Team:
     return voting(k, prompts={name: f"{name}: {{problem}}" for name in names}, **keys)
 
 
+ASKS = ("draws", "removal", "placeholder", "training", "keep_turns", "branch", "swaps")
+
+
 def without(*agents: str) -> frozenset[tuple[str, ...]]:
     return frozenset((agent,) for agent in agents)
 
 
 def play(team: Team, engine, problems=PROBLEMS, *, samples=2, coalitions=frozenset(), seed=1, step=0, **keys) -> Played:
-    ask_keys = {k: keys.pop(k) for k in ("draws", "removal", "placeholder", "training", "keep_turns") if k in keys}
+    ask_keys = {k: keys.pop(k) for k in ASKS if k in keys}
     ask = Ask(samples=samples, coalitions=coalitions, **ask_keys)
     said = keys.pop("voices", None) or voices(team.agent_names, engine)
     task = keys.pop("task", None) or exact_task(*problems)
@@ -700,3 +703,93 @@ def test_a_walker_can_be_made_without_voices_of_the_past_or_a_cache():
         2,
         1,
     )
+
+
+# --- trees and ballots that change places ---------------------------------------------------------------------------
+
+
+def test_rollouts_of_a_tree_share_the_thought_and_its_tokens():
+    engine = ScriptedEngine(echo)
+    played = play(PAIR, engine, samples=4, branch=(2, 2))
+    assert [len(batch) for batch in engine.calls] == [4, 8]
+    for group in played.groups:
+        thoughts = [r.turn("thinker") for r in group.rollouts]
+        assert thoughts[0] is thoughts[1]
+        assert thoughts[2] is thoughts[3]
+        assert thoughts[0].message != thoughts[2].message
+        assert len({r.turn("solver").message for r in group.rollouts}) == 4
+    assert played.tokens["joint"] == engine.decoded_tokens
+    assert played.tokens["prefill"] == engine.prefill_tokens
+    assert (played.tree["thinker"].siblings, played.tree["thinker"].plays) == (2, 2)
+    assert (played.tree["solver"].contexts, played.tree["solver"].siblings) == (2, 2)
+
+
+def test_plain_rollouts_are_the_tree_of_one_text_a_context():
+    plain, tree = (play(PAIR, ScriptedEngine(echo), samples=3, branch=b) for b in ((), (3,)))
+    assert [turns(plain, 1, n) for n in range(3)] == [turns(tree, 1, n) for n in range(3)]
+
+
+def test_counterfactuals_of_a_tree_are_those_of_its_rollouts():
+    team = chain(3, prompts={"agent1": "a: {problem}", "agent2": "b: {agent1}", "agent3": "c: {problem}[[ {agent2}]]"})
+    played = play(team, ScriptedEngine(echo), samples=4, branch=(2, 2, 1), coalitions=without("agent2"))
+    assert played.without[("agent2",)].shape[:2] == (2, 1)
+    assert played.reward_PN.shape == (2, 4)
+
+
+@pytest.mark.parametrize(("branch", "match"), [((2, 2, 2), "3 levels"), ((3, 2), "rollout.samples: 6")])
+def test_a_tree_that_does_not_fit_is_refused(branch, match):
+    with pytest.raises(UserError, match=match):
+        play(PAIR, ScriptedEngine(echo), samples=4, branch=branch)
+
+
+def test_every_ballot_meets_every_mixture_of_the_others():
+    """Three voters, two rollouts: each ballot's mean over the four mixtures is what counting them by hand gives."""
+    engine = ScriptedEngine(yes_no)
+    team = voters(3)
+    played = play(team, engine, samples=2, swaps=True)
+    for p, group in enumerate(played.groups):
+        says = [[float(t.message == "yes") for t in r.turns] for r in group.rollouts]
+        for k, name in enumerate(("voter1", "voter2", "voter3")):
+            a, b = (j for j in range(3) if j != k)
+            for n in range(2):
+                mixed = [float(says[n][k] + says[i][a] + says[j][b] >= 2) for i in range(2) for j in range(2)]
+                assert played.swap[name][p, n].tolist() == mixed
+                silent = [(says[i][a] + says[j][b]) / 2 for i in range(2) for j in range(2)]
+                assert played.silent[name][p, n].tolist() == silent
+    assert played.tokens["counterfactual"] == 0
+
+
+def test_a_ballot_that_was_read_does_not_change_places():
+    from ccpo.rollout.swap import swappable
+
+    assert swappable(voters(3)) == ("voter1", "voter2", "voter3")
+    assert swappable(PAIR) == ()
+    later = Team(
+        "heard",
+        ("x", "y"),
+        (TurnSpec("x", "x", "{problem}"), TurnSpec("y", "y", "{problem} {x}")),
+        Majority(("x", "y")),
+    )
+    assert swappable(later) == ("y",)
+
+
+def test_in_a_debate_ballots_change_places_only_within_their_context():
+    team = debate(2, 2)
+    played = play(team, ScriptedEngine(yes_no), samples=4, branch=(2, 2), swaps=True)
+    assert set(played.swap) == {"debater1_round2", "debater2_round2"}
+    for p, group in enumerate(played.groups):
+        says = [[float(r.turn(f"debater{i}_round2").message == "yes") for i in (1, 2)] for r in group.rollouts]
+        for n in range(4):
+            context = range(n // 2 * 2, n // 2 * 2 + 2)
+            expected = [(says[n][0] + says[s][1]) / 2 for s in context]
+            assert played.swap["debater1_round2"][p, n].tolist() == expected
+
+
+def test_many_mixtures_use_every_rollout_equally_often():
+    from ccpo.rollout.swap import mixtures
+
+    table = mixtures(8, 4)
+    assert table.shape == (128, 4)
+    assert all(torch.bincount(table[:, c], minlength=8).tolist() == [16] * 8 for c in range(4))
+    assert torch.equal(table, mixtures(8, 4))
+    assert len(mixtures(3, 2).unique(dim=0)) == 9

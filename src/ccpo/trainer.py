@@ -105,6 +105,7 @@ class Trainer:
             turns=played.turns,
             tree=played.tree,
             swap=played.swap,
+            silent=played.silent,
         )
         started = time.monotonic()
         outputs, self.state = self.setup.rule(inputs, self.state)

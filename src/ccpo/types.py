@@ -179,8 +179,9 @@ class CreditInputs:
 
     By turn, each optional: ``turns`` are the names of an agent's turns in topological order; ``tree`` is where a turn
     stands when rollouts share turns (absent: every rollout has its own); ``swap`` the rewards ``[P, N, S]`` of rollout
-    n's ballot put into its s-th sibling, for rules with ``swaps``; ``process`` what the task gave the turn itself
-    ``[P, N]``. By rater: ``shares`` ``[P, N, K]`` and whether each rating was valid, for rules with ``rates``.
+    n's ballot in the s-th mixture of the others' ballots, and ``silent`` those without it, for rules with ``swaps``;
+    ``process`` what the task gave the turn itself ``[P, N]``. By rater: ``shares`` ``[P, N, K]`` and whether each rating
+    was valid, for rules with ``rates``.
     """
 
     agents: tuple[str, ...]
@@ -192,6 +193,7 @@ class CreditInputs:
     turns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tree: Mapping[str, TreePlace] = field(default_factory=dict)
     swap: Mapping[str, Tensor] = field(default_factory=dict)
+    silent: Mapping[str, Tensor] = field(default_factory=dict)
     process: Mapping[str, Tensor] = field(default_factory=dict)
     shares: Mapping[str, Tensor] = field(default_factory=dict)
     shares_valid: Mapping[str, Tensor] = field(default_factory=dict)

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from ccpo.credit.nested import sibling_weight
+from ccpo.credit.nested import baseline_errors, inverse_weights
 from ccpo.types import TreePlace
 
 MOST = 4  # continuations of one text that are considered
@@ -43,13 +43,11 @@ def precision(branch: Sequence[int], variances: Sequence[float]) -> float:
 
 
 def _baseline_error(place: TreePlace, within: float, between: float) -> float:
-    C, S = place.contexts, place.siblings
-    if S < 2 and C < 2:
+    errors = baseline_errors(place, within, between)
+    if not errors:
         return between + within  # nothing to compare with
-    weight = sibling_weight(place, within, between)
-    sibling_error = within / (S - 1) if S >= 2 else 0.0
-    group_error = between * C / (C - 1) + within / (S * (C - 1)) if C >= 2 else 0.0
-    return weight**2 * sibling_error + (1 - weight) ** 2 * group_error
+    weights = inverse_weights(errors)
+    return sum(weights[name] ** 2 * error for name, error in errors.items())
 
 
 def best_branch(variances: Sequence[float], costs: Sequence[float], budget: float, most: int = MOST) -> tuple[int, ...]:

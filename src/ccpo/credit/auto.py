@@ -3,11 +3,12 @@
 Why it exists: shared reward tells an agent how the whole team fared, so that its gradient carries the luck of everybody else.
 Much of that luck can be averaged out or subtracted without a single extra token, because the graph says who can have heard whom:
 
-1. A ballot that nobody read is independent of the other ballots of its context. Its worth is the vote's mean reward with the ballot put
-   into each sibling rollout (``inputs.swap``), instead of the one vote it happened to be cast in.
+1. A ballot that nobody read is independent of the other ballots of its context. Its worth is the vote's mean reward over all mixtures of
+   those (``inputs.swap``), instead of the one vote it happened to be cast in.
 2. A text that is played on several times (a tree of rollouts) is worth the mean of its plays.
-3. What is left is held against the mean of other texts: of the same context (siblings) and of other contexts (the group), weighted by
-   their expected errors, which follow from the variances seen so far.
+3. What is left is held against what the text had no part in: the mean of other texts of the same context (siblings), of other contexts
+   (the group), and for a ballot the vote without it (removal; ``inputs.silent``). Each weighs by the inverse of its expected squared
+   error, which follows from the variances seen in earlier batches.
 
 In all three what is averaged or subtracted does not depend on the text that is paid, given its context: the expected
 gradient is that of shared reward. The idea under 1 is Rao and Blackwell's; that under 3 is replay credit's (C3, arXiv 2603.06859) where contexts
@@ -33,11 +34,12 @@ from ccpo.credit.base import (
     turn_places,
 )
 from ccpo.credit.nested import (
+    baseline_errors,
     group_mean,
+    inverse_weights,
     node_values,
     node_variances,
     sibling_mean,
-    sibling_weight,
     spread_out,
 )
 from ccpo.errors import UserError
@@ -46,12 +48,12 @@ from ccpo.types import CreditInputs, CreditOutputs, TreePlace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AutoCredit(Memoryless):
-    """``Q[text] - w * siblings - (1 - w) * group``; ``[P, N]``, in units of reward (``scale: none``).
+    """``Q[text] - sum of w_i b_i`` over the baselines b_i; ``[P, N]``, in units of reward (``scale: none``).
 
     ``scale: group`` divides by the unbiased deviation of the problem's joint rewards, as GRPO does, which weighs problems by how
-    undecided they are. ``decay`` is that of the variances behind ``w``, read as they were before the batch.
+    undecided they are. ``decay`` is that of the variances behind the weights, read as they were before the batch.
 
-    Raises UserError where a trained agent's text has nothing to be compared with (one rollout a problem).
+    Raises UserError where a trained agent's text has nothing to be compared with (one rollout a problem, and no vote).
     """
 
     scale: str = "group"
@@ -73,21 +75,16 @@ class AutoCredit(Memoryless):
         for agent in inputs.active:
             places = turn_places(inputs, agent)
             for turn, place in places.items():
-                value_PCS = self._worth(inputs, turn, place)
-                within, between = _read(state.get(turn))
-                weight = sibling_weight(place, within, between)
-                credit_PN = spread_out(value_PCS - _baseline(value_PCS, place, weight), place)
-                turn_credit[turn] = self._scaled(credit_PN, inputs.reward_PN)
-                after[turn] = _fold(state.get(turn), node_variances(value_PCS), self.decay)
-                metrics |= {f"credit/{agent}/{turn}_sibling_weight": weight, f"credit/{agent}/{turn}_within": within}
+                value_PCS = _worth(inputs, turn, place)
+                removal_PC1 = _without(inputs, turn, place)
+                known = _read(state.get(turn))
+                weights = _weights(place, known, has_removal=removal_PC1 is not None)
+                credit_PCS = value_PCS - _baseline(value_PCS, removal_PC1, weights)
+                turn_credit[turn] = self._scaled(spread_out(credit_PCS, place), inputs.reward_PN)
+                after[turn] = _fold(state.get(turn), _seen(value_PCS, removal_PC1), self.decay)
+                metrics |= {f"credit/{agent}/{turn}_{name}_weight": weight for name, weight in weights.items()}
             credit[agent] = sum(turn_credit[turn] for turn in places) / len(places)
         return CreditOutputs(credit=credit, turn_credit=turn_credit, metrics=metrics | mean_credit(credit)), after
-
-    def _worth(self, inputs: CreditInputs, turn: str, place: TreePlace) -> Tensor:
-        """What each text is worth, ``[P, C, S]``: over all plays of it, and over all votes that its ballot could have met."""
-        swap_PNS = inputs.swap.get(turn)
-        reward_PN = inputs.reward_PN if swap_PNS is None else swap_PNS.to(inputs.reward_PN).mean(2)
-        return node_values(reward_PN, place)
 
     def _scaled(self, credit_PN: Tensor, reward_PN: Tensor) -> Tensor:
         if self.scale == "none":
@@ -97,29 +94,63 @@ class AutoCredit(Memoryless):
         return torch.where(flat_P1, 0.0, credit_PN / torch.where(flat_P1, 1.0, deviation_P1)).to(credit_PN.dtype)
 
 
-def _baseline(value_PCS: Tensor, place: TreePlace, weight: float) -> Tensor:
-    if place.siblings < 2 and place.contexts < 2:
+def _worth(inputs: CreditInputs, turn: str, place: TreePlace) -> Tensor:
+    """What each text is worth, ``[P, C, S]``: over all plays of it, and over all votes that its ballot could have met."""
+    swap_PNS = inputs.swap.get(turn)
+    reward_PN = inputs.reward_PN if swap_PNS is None else swap_PNS.to(inputs.reward_PN).mean(2)
+    return node_values(reward_PN, place)
+
+
+def _without(inputs: CreditInputs, turn: str, place: TreePlace) -> Tensor | None:
+    """What the votes of a context are worth without the ballot, ``[P, C, 1]``; None for a text that is no ballot."""
+    silent_PNS = inputs.silent.get(turn)
+    if silent_PNS is None:
+        return None
+    return node_values(silent_PNS.to(inputs.reward_PN).mean(2), place).mean(2, keepdim=True)
+
+
+def _weights(place: TreePlace, known: Mapping[str, float], *, has_removal: bool) -> dict[str, float]:
+    errors = baseline_errors(place, known["within"], known["between"])
+    if has_removal:
+        errors["removal"] = known["removal"]
+    if not errors:
         raise UserError(
-            "credit 'auto' holds a rollout against the others of its problem, and there is one a problem: set rollout.samples to 2 or more"
+            "credit 'auto' holds a rollout against the others of its problem, and there is one a problem: set "
+            "rollout.samples to 2 or more"
         )
-    baseline_PCS = torch.zeros_like(value_PCS)
-    if weight > 0:
-        baseline_PCS = baseline_PCS + weight * sibling_mean(value_PCS)
-    if weight < 1:
-        baseline_PCS = baseline_PCS + (1 - weight) * group_mean(value_PCS)
-    return baseline_PCS
+    return inverse_weights(errors)
 
 
-def _read(stored: Mapping[str, float] | None) -> tuple[float, float]:
-    """(within, between); before anything was seen, as if texts and contexts mattered alike."""
-    return (1.0, 1.0) if stored is None else (float(stored["within"]), float(stored["between"]))
+def _baseline(value_PCS: Tensor, removal_PC1: Tensor | None, weights: Mapping[str, float]) -> Tensor:
+    guesses = {
+        "siblings": lambda: sibling_mean(value_PCS),
+        "group": lambda: group_mean(value_PCS),
+        "removal": lambda: removal_PC1,
+    }
+    return sum(weight * guesses[name]() for name, weight in weights.items())  # type: ignore[misc, return-value]
 
 
-def _fold(
-    stored: Mapping[str, float] | None, seen: tuple[float | None, float | None], decay: float
-) -> dict[str, float]:
+def _seen(value_PCS: Tensor, removal_PC1: Tensor | None) -> dict[str, float]:
+    """This batch's unbiased estimates, of what its layout can tell: the variances of node values within and between contexts, and the
+    squared error of the vote without the ballot as a guess of the ballots' mean worth."""
+    within, between = node_variances(value_PCS)
+    seen = {"within": within, "between": between}
+    if removal_PC1 is not None and within is not None:
+        gap = (value_PCS.mean(2, keepdim=True) - removal_PC1).double().square().mean().item()
+        seen["removal"] = max(0.0, gap - within / value_PCS.shape[2])
+    return {name: value for name, value in seen.items() if value is not None}
+
+
+def _read(stored: Mapping[str, float] | None) -> dict[str, float]:
+    """What is known of a turn; before anything was seen, as if everything mattered alike."""
+    return {"within": 1.0, "between": 1.0, "removal": 1.0} | {
+        name: float(value) for name, value in (stored or {}).items()
+    }
+
+
+def _fold(stored: Mapping[str, float] | None, seen: Mapping[str, float], decay: float) -> dict[str, float]:
     """The moving variances after one more batch; what the batch's layout cannot tell stays as it was."""
-    keep = decay if stored is not None else 0.0
-    before = _read(stored)
-    folded = [old if new is None else keep * old + (1 - keep) * new for old, new in zip(before, seen, strict=True)]
-    return {"within": folded[0], "between": folded[1]}
+    kept = dict(stored or {})
+    for name, value in seen.items():
+        kept[name] = decay * kept[name] + (1 - decay) * value if name in kept else value
+    return kept

@@ -8,7 +8,7 @@ gradient: the text's *siblings* (other texts after the same words) and the *grou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -42,24 +42,31 @@ def group_mean(value_PCS: Tensor) -> Tensor:
     return (mean_PC1.sum(1, keepdim=True) - mean_PC1) / (C - 1)
 
 
-def sibling_weight(place: TreePlace, within: float, between: float) -> float:
-    """The weight of the sibling mean beside the group mean that makes the least error, in [0, 1].
+def baseline_errors(place: TreePlace, within: float, between: float) -> dict[str, float]:
+    """Expected squared error of the "siblings" and of the "group" mean as a guess of a text's expected value; only what exists.
 
     ``within``: variance of node values in one context; ``between``: variance of contexts' worth on one problem. The sibling mean is
     wrong by ``within / (S - 1)``; the group mean by the context's own departure and its sampling error,
-    ``between * C / (C - 1) + within / (S (C - 1))``. They err independently, so each weighs by the inverse of its error.
+    ``between * C / (C - 1) + within / (S (C - 1))``.
     """
     C, S = place.contexts, place.siblings
-    if S < 2 or C < 2:
-        return 1.0 if S >= 2 else 0.0
-    sibling_error = within / (S - 1)
-    group_error = between * C / (C - 1) + within / (S * (C - 1))
-    total = sibling_error + group_error
-    return group_error / total if total > 0 else 0.5
+    errors = {}
+    if S >= 2:
+        errors["siblings"] = within / (S - 1)
+    if C >= 2:
+        errors["group"] = between * C / (C - 1) + within / (S * (C - 1))
+    return errors
+
+
+def inverse_weights(errors: Mapping[str, float]) -> dict[str, float]:
+    """Weights of independent guesses that make the least expected squared error: each by the inverse of its own. They sum to 1."""
+    inverse = {name: 1.0 / (error + 1e-9) for name, error in errors.items()}
+    total = sum(inverse.values())
+    return {name: value / total for name, value in inverse.items()}
 
 
 def node_variances(value_PCS: Tensor) -> tuple[float | None, float | None]:
-    """Unbiased estimates of (within, between) as :func:`sibling_weight` takes them; None for what the layout cannot tell."""
+    """Unbiased estimates of (within, between) as :func:`baseline_errors` takes them; None for what the layout cannot tell."""
     _, C, S = value_PCS.shape
     value64 = value_PCS.double()
     within = value64.var(2).mean().item() if S >= 2 else None

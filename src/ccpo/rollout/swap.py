@@ -1,12 +1,15 @@
 """Ballots put into other rollouts: what a voter's answer is worth whatever the others happened to say. No token is decoded.
 
-Voters who have not heard each other speak independently of each other, given the problem. So the vote of rollout n's ballot with
-the other ballots of rollout m is as good a sample of the vote as rollout n itself, and a group of N rollouts holds N such
-samples for every ballot, where a plain rollout shows one.
+Voters who have not heard each other speak independently of each other, given the problem. So rollout n's ballot with the other
+voters' ballots of any rollouts, each voter's from another, is as good a sample of the vote as rollout n itself. A group of N rollouts
+of K voters holds N^(K-1) such samples for every ballot, where a plain rollout shows one.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +18,8 @@ from torch import Tensor
 from ccpo.rollout.lanes import Lane
 from ccpo.rollout.tree import Tree
 from ccpo.teams import ABSTAIN, Ballot, Majority, Sampled, Team, VoteKind, Weighted, majority_BK
+
+MIXTURES = 128  # mixtures of the others' ballots that a ballot is tried in
 
 
 def swappable(team: Team) -> tuple[str, ...]:
@@ -26,39 +31,56 @@ def swappable(team: Team) -> tuple[str, ...]:
     return tuple(name for name in team.decision.reads if name not in read)
 
 
-def swapped(team: Team, joint: Sequence[Lane], tree: Tree, problems: int) -> dict[str, Tensor]:
-    """By turn ``[P, N, S]``: the vote's reward when rollout n's ballot stands in its s-th sibling rollout: one that shares
-    all that was spoken at earlier levels. Empty where the team has no ballots that may change places."""
+def swapped(
+    team: Team, joint: Sequence[Lane], tree: Tree, problems: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By turn ``[P, N, S]``: the vote's reward when rollout n's ballot meets the s-th mixture of the other ballots that were
+    cast in its context; and the same when it abstains. Both empty where the team has no ballots that may change places."""
     names = swappable(team)
     if not names:
-        return {}
+        return {}, {}
     voters = team.decision.reads
-    N = tree.leaves
-    answer_PNK, score_PNK, weight_PNK = _ballots(joint, voters, problems, N)
-    found = {}
+    level = {turn.name: depth for depth, turns in enumerate(team.levels) for turn in turns}
+    ballots = _ballots(joint, voters, problems, tree.leaves)
+    found, without = {}, {}
     for name in names:
-        k = voters.index(name)
-        level = next(depth for depth, turns in enumerate(team.levels) if any(t.name == name for t in turns))
-        sibling_NS = siblings(tree, level)
-        own = torch.zeros(len(voters), dtype=torch.bool)
-        own[k] = True
+        # ballots of other levels may hang together: they move as one; the own ballot's column is not looked at
+        alone = [v for v in voters if level[v] == level[name] and v != name]
+        column_K = [alone.index(v) if v in alone else 0 if v == name else len(alone) for v in voters]
+        source_NSK = _sources(tree, level[name], column_K)
+        own_K = torch.tensor([v == name for v in voters])
+        columns = torch.arange(len(voters))
         mixed = [
-            torch.where(own, ballot_PNK[:, :, None, :], ballot_PNK[:, sibling_NS, :])
-            for ballot_PNK in (answer_PNK, score_PNK, weight_PNK)
+            torch.where(own_K, ballot_PNK[:, :, None, :], ballot_PNK[:, source_NSK, columns]) for ballot_PNK in ballots
         ]
         answer_BK, score_BK, weight_BK = (m.flatten(0, 2) for m in mixed)
         kind = team.decision.kind
-        reward_B = majority_BK(answer_BK, score_BK, weight_BK if kind == VoteKind.WEIGHTED else None, kind)
-        found[name] = reward_B.reshape(problems, N, -1).float()
-    return found
+        weight_BK = weight_BK if kind == VoteKind.WEIGHTED else None
+        shape = (problems, tree.leaves, -1)
+        found[name] = majority_BK(answer_BK, score_BK, weight_BK, kind).reshape(shape).float()
+        silent_BK = answer_BK.masked_fill(own_K, ABSTAIN)
+        without[name] = majority_BK(silent_BK, score_BK, weight_BK, kind).reshape(shape).float()
+    return found, without
 
 
-def siblings(tree: Tree, level: int) -> Tensor:
-    """``[N, S]``: the rollouts that share with rollout n all that was spoken before ``level``, itself among them."""
+def _sources(tree: Tree, level: int, column_K: Sequence[int]) -> Tensor:
+    """``[N, S, K]``: from which rollout the s-th mixture takes each ballot; equal columns come from the same rollout."""
     place = tree.place(level)
-    size = place.siblings * place.plays
+    size = place.siblings * place.plays  # rollouts that share all that was spoken before the level
     first_N = torch.arange(tree.leaves) // size * size
-    return first_N[:, None] + torch.arange(size)
+    mixture_SC = mixtures(size, max(column_K) + 1)
+    return first_N[:, None, None] + mixture_SC[:, list(column_K)]
+
+
+def mixtures(size: int, columns: int, most: int = MIXTURES) -> Tensor:
+    """``[S, columns]``: which of ``size`` rollouts each column comes from. All combinations where they are few, else ``most`` or a
+    little more in which every rollout is used equally often, in orders that are always the same."""
+    if size**columns <= most:
+        return torch.tensor(list(itertools.product(range(size), repeat=columns)))
+    rng = random.Random(f"mixtures/{size}/{columns}")
+    rounds = math.ceil(most / size)
+    order = [[i for _ in range(rounds) for i in rng.sample(range(size), size)] for _ in range(columns)]
+    return torch.tensor(order).T
 
 
 def _ballots(joint: Sequence[Lane], voters: Sequence[str], P: int, N: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -49,7 +49,7 @@ class Ask:
 @dataclass(frozen=True, kw_only=True)
 class Played:
     """What was sampled. ``without[coalition]`` is ``[P, N, M]``, or ``[P, 1, M]`` where draws belong to the problem;
-    ``score[agent]`` is ``[P, N]``, each agent's own correctness where the decision reads it. ``turns``, ``tree`` and ``swap``: see
+    ``score[agent]`` is ``[P, N]``, each agent's own correctness where the decision reads it. ``turns``, ``tree``, ``swap`` and ``silent``: see
     :class:`~ccpo.types.CreditInputs`. Counts are tokens: what rollouts of a tree share is counted once."""
 
     groups: tuple[Group, ...]
@@ -61,6 +61,7 @@ class Played:
     turns: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     tree: Mapping[str, TreePlace] = field(default_factory=dict)
     swap: Mapping[str, Tensor] = field(default_factory=dict)
+    silent: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -99,13 +100,13 @@ class Walker:
         seconds = {"decode": time.monotonic() - clock}
         clock = time.monotonic()
         score_lanes(self.team, self.task, every, self.limits)
-        swap = swapped(self.team, joint, tree, len(problems)) if ask.swaps else {}
+        swap, silent = swapped(self.team, joint, tree, len(problems)) if ask.swaps else ({}, {})
         seconds["verify"] = time.monotonic() - clock
         for coalition, plan in plans.items():
             self._to_cache(lanes[coalition], plan, ask)
         played = _gather(self.team, problems, ask, joint, lanes, cached, plans, seconds)
         turns = {a: tuple(t.name for t in self.team.turns_of(a)) for a in self.team.agent_names}
-        return replace(played, turns=turns, tree=places(self.team, tree), swap=swap)
+        return replace(played, turns=turns, tree=places(self.team, tree), swap=swap, silent=silent)
 
     def _decode(self, lanes: Sequence[Lane], joint: Sequence[Lane], tree: Tree, seed: int, step: int) -> None:
         for depth, level in enumerate(self.team.levels):
