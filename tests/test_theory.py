@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ccpo.credit import ESTIMATORS, CCPOv1, CCPOv2, RemovalCredit, SharedReward
+from ccpo.credit import ESTIMATORS, CCPOv1, CCPOv2, RemovalCredit, Shapley, SharedReward
 from ccpo.credit.telemetry import correlation
 from ccpo.types import CreditInputs
 
@@ -372,6 +372,78 @@ def test_voting_table(p: float, shared: float, removal: float, removal_centred: 
     ]
     assert found == pytest.approx([shared, removal, removal_centred, own], rel=0.04)
     assert 2.5 < (found[1] / found[0]) ** 2 < 5.2  # how many times fewer rollouts for the same precision
+
+
+@pytest.mark.parametrize(("p", "raw", "centred"), [(0.3, 2.21, 2.65), (0.5, 4.12, 4.47), (0.7, 8.85, 2.65)])
+def test_voting_table_of_the_shapley_value(p: float, raw: float, centred: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    right = torch.rand(PROBLEMS, SAMPLES, 3, generator=generator) < p
+    vote = torch.where(right, 0, torch.randint(1, 5, right.shape, generator=generator))
+    inputs = CreditInputs(
+        agents=("a", "b", "c"),
+        decider=None,
+        active=("a",),
+        reward_PN=plurality_PN(vote, 5),
+        without={
+            tuple("abc"[k] for k in (0, 1, 2) if k not in left): plurality_PN(vote[:, :, left], 5)[:, :, None]
+            for left in ([0], [1], [2], [0, 1], [0, 2], [1, 2])
+        },
+    )
+    paid, score = Shapley()(inputs, {})[0].credit["a"], right[:, :, 0].float() - p
+    assert [signal_to_noise(score, paid, centred=c) for c in (False, True)] == pytest.approx([raw, centred], rel=0.04)
+    # another objective: the mean over the teams of one, two and three in which the voter could be
+    pair, team = ((score * plurality_PN(vote[:, :, :k], 5)).mean() for k in (2, 3))
+    assert float((score * paid).mean()) == pytest.approx(float((p * (1 - p) + pair + team) / 3), rel=0.02)
+
+
+THINK_SOLVE_TABLE = {
+    "shared reward, no baseline": 0.56,
+    "shared reward, group mean removed": 0.78,
+    "removal, paired solo, no baseline": 0.59,
+    "nested, N/2 thoughts x 2 answers, group mean removed": 0.70,
+    "v1 paired, history alone": 0.60,
+    "removal, paired solo, group mean removed": 0.56,
+    "removal, mean solo, no baseline": 0.77,
+    "v1 paired, then group normalisation": 0.56,
+    "v1 mean solo, history alone": 0.80,
+}
+
+
+def test_think_solve_table() -> None:
+    """A game that gives these numbers within 3%: a thought is good with probability 1/2; an answer is right with 0.67 after a
+    good one, 0.385 after a bad one, and 0.40 alone."""
+    u = torch.rand(5, PROBLEMS, SAMPLES, generator=torch.Generator().manual_seed(0))
+    good, nested = (u[0] < 0.5).float(), (u[3, :, : SAMPLES // 2] < 0.5).float().repeat_interleave(2, dim=1)
+    inputs = CreditInputs(
+        agents=("thinker", "solver"),
+        decider="solver",
+        active=("thinker",),
+        reward_PN=(u[1] < 0.385 + 0.285 * good).float(),
+        without={("thinker",): (u[2] < 0.40).float()[:, None, :]},
+    )
+    group = torch.arange(PROBLEMS).repeat_interleave(SAMPLES)
+
+    def credit(rule: object) -> Tensor:
+        state = rule(inputs, {})[1]  # type: ignore[operator]  # a history that has seen one batch
+        return rule(inputs, state)[0].credit["thinker"]  # type: ignore[operator]
+
+    def ratio(rule: object, *, centred: bool = False) -> float:
+        return signal_to_noise(good - 0.5, credit(rule), centred=centred)
+
+    normalised = ESTIMATORS["grpo"](credit(CCPOv1(pairing="paired")).flatten(), group).view(PROBLEMS, SAMPLES)
+    paired, mean = RemovalCredit(pairing="paired"), RemovalCredit(pairing="mean")
+    found = [
+        ratio(SharedReward()),
+        ratio(SharedReward(), centred=True),
+        ratio(paired),
+        signal_to_noise(nested - 0.5, (u[4] < 0.385 + 0.285 * nested).float(), centred=True),
+        ratio(CCPOv1(pairing="paired")),
+        ratio(paired, centred=True),
+        ratio(mean),
+        signal_to_noise(good - 0.5, normalised, centred=False),
+        ratio(CCPOv1(pairing="mean")),
+    ]
+    assert found == pytest.approx(list(THINK_SOLVE_TABLE.values()), rel=0.03)
 
 
 def test_think_solve_ranking() -> None:
