@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ccpo.credit import ESTIMATORS, CCPOv1, CCPOv2, RemovalCredit, Shapley, SharedReward
+from ccpo.credit import ESTIMATORS, CCPOv1, CCPOv2, RemovalCredit, ReplayCredit, Shapley, SharedReward
 from ccpo.credit.telemetry import correlation
-from ccpo.types import CreditInputs
+from ccpo.types import CreditInputs, TreePlace
 
 torch.set_num_threads(1)
 unit = st.floats(0, 1)
@@ -155,7 +155,8 @@ class TinyModel(nn.Module):
         return total
 
 
-def tiny_model_game() -> Game:
+def tiny_model_game(solo: float | None = None) -> Game:
+    """All texts of the tiny model; the solo reward is 1 with probability 0.6 and else 0, or always ``solo``."""
     torch.manual_seed(0)
     model = TinyModel()
     reward = torch.rand(3, 3)
@@ -164,8 +165,8 @@ def tiny_model_game() -> Game:
         logprob = model.logprob((text[0], text[1]))
         gradient = torch.autograd.grad(logprob, list(model.parameters()))
         score = torch.cat([g.flatten() for g in gradient])
-        for solo, solo_prob in ((0.0, 0.4), (1.0, 0.6)):
-            rows.append((logprob.detach().exp() * solo_prob, reward[text], torch.tensor(solo), score))
+        for alone, chance in ((0.0, 0.4), (1.0, 0.6)) if solo is None else ((solo, 1.0),):
+            rows.append((logprob.detach().exp() * chance, reward[text], torch.tensor(alone), score))
     prob, joint, without, score = (torch.stack(column).double() for column in zip(*rows, strict=True))
     return Game(prob=prob / prob.sum(), joint=joint, without=without, score=score)
 
@@ -229,6 +230,23 @@ def test_theorem_5_3(game: str, seed: int) -> None:
 @given(seed=seeds)
 def test_independent_solo_draws_meet_the_second_condition_with_equality(seed: int) -> None:
     assert closeness(think_solve_game(seed))[2] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_theorem_5_3_on_a_real_model_exactly_and_by_sampling() -> None:
+    """Every parameter of the model: the total variance of the gradient, and what 20,000 samples say of it."""
+    game = tiny_model_game(solo=0.5)
+    near, far, cross = closeness(game)
+    assert near < far
+    assert cross == pytest.approx(0, abs=1e-9)  # what the agent says does not change it
+    removal, shared = (game.variance(game.credit(rule)) for rule in (RemovalCredit(pairing="mean"), SharedReward()))
+    assert removal < shared
+    assert removal - shared == pytest.approx(exact_condition(game), abs=1e-6)  # the model is float32
+    rows = torch.multinomial(game.prob, 20_000, replacement=True, generator=torch.Generator().manual_seed(2))
+    squares = [(game.norm2() * game.credit(rule).square())[rows] for rule in (RemovalCredit(), SharedReward())]
+    saved = squares[1] - squares[0]  # the mean gradients are the same (Lemma A.1)
+    error = float(saved.std() / math.sqrt(rows.numel()))
+    assert abs(float(saved.mean()) - (shared - removal)) < 5 * error
+    assert shared - removal > 5 * error  # the other sign would have been noticed
 
 
 def test_theorem_5_3_is_not_empty() -> None:
@@ -476,3 +494,74 @@ def test_think_solve_ranking() -> None:
     assert mean > 1.2 * paired  # the same counterfactual with less noise
     assert mean > 0.85 * shared_centred  # nearly as good as a group baseline, where there is none
     assert paired_centred < 0.8 * shared_centred  # on top of a group baseline a paired draw only adds noise
+
+
+# ---- replay: a text's worth in the situation that did occur (C3, arXiv 2603.06859)
+
+TREE = (2, 2, 2)
+TEXTS = 2
+
+
+def chain_game(seed: int) -> tuple[list[Tensor], Tensor]:
+    """Three agents in a chain, two texts each: logits of a text given all before it, and the reward of the three texts."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [[TEXTS] * (level + 1) for level in range(3)]
+    logits = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return logits, torch.rand([TEXTS] * 3, generator=generator, dtype=torch.float64)
+
+
+def every_tree(logits: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """All trees of 2 x 2 x 2 rollouts: the probability of each, and each rollout's text at the three levels, ``[tree, rollout]``."""
+    nodes = [math.prod(TREE[: level + 1]) for level in range(3)]
+    picks = torch.cartesian_prod(*[torch.arange(TEXTS)] * sum(nodes))
+    texts = [part.repeat_interleave(8 // n, dim=1) for part, n in zip(picks.split(nodes, dim=1), nodes, strict=True)]
+    prob = torch.ones(len(picks), dtype=torch.float64)
+    for level, count in enumerate(nodes):
+        chosen = logits[level].softmax(-1)[tuple(texts[: level + 1])]
+        prob = prob * chosen[:, :: 8 // count].prod(1)  # a shared text is drawn once
+    return prob, texts
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_replay_is_the_exact_conditional_value(seed: int) -> None:
+    """``E[credit | what was said] = E[R | said before, and the text] - E[R | said before]``, for every agent and text, over all trees;
+    so its gradient is that of the expected reward."""
+    agents = ("a", "b", "c")
+    logits, reward = chain_game(seed)
+    prob, texts = every_tree(logits)
+    assert float(prob.sum()) == pytest.approx(1)
+    inputs = CreditInputs(
+        agents=agents,
+        decider="c",
+        active=agents,
+        reward_PN=reward[tuple(texts)],
+        turns={agent: (agent,) for agent in agents},
+        tree={
+            agent: TreePlace(contexts=contexts, siblings=2, plays=plays)
+            for agent, contexts, plays in zip(agents, (1, 2, 4), (4, 2, 1), strict=True)
+        },
+    )
+    outputs, _ = ReplayCredit()(inputs, {})
+    worth = reward  # E[R | the texts up to a level]
+    for level in (2, 1, 0):
+        before = (worth * logits[level].softmax(-1)).sum(-1)  # E[R | the texts before it]
+        paid = outputs.turn_credit[agents[level]]
+        sizes = []
+        for said in itertools.product(range(TEXTS), repeat=level + 1):
+            happened = torch.stack([texts[depth] == text for depth, text in enumerate(said)]).all(0)
+            weight = prob[:, None] * happened
+            expected = float(worth[said] - before[said[:-1]])
+            assert float((weight * paid).sum() / weight.sum()) == pytest.approx(expected, abs=1e-12)
+            sizes.append(abs(expected))
+        assert max(sizes) > 0.01  # the sign could be told
+        worth = before
+    leaf = [x.clone().requires_grad_() for x in logits]
+    value = reward
+    for level in (2, 1, 0):
+        value = (value * leaf[level].softmax(-1)).sum(-1)
+    truth = torch.autograd.grad(value, leaf)
+    for level, agent in enumerate(agents):
+        place = tuple(texts[: level + 1])
+        logprob = leaf[level].log_softmax(-1)[place]
+        loss = (prob[:, None] * outputs.turn_credit[agent] * logprob).sum() / 8
+        torch.testing.assert_close(torch.autograd.grad(loss, leaf[level])[0], truth[level], atol=1e-12, rtol=0)
