@@ -41,8 +41,8 @@ def dependence(score_PNJ: Tensor, without_PX: Tensor, *, level: float = 0.05) ->
 
     ``score_PNJ``: along J directions v, ``v . grad log pi(own text)`` of each joint rollout of P problems, under the policy that
     sampled it. Directions are fixed before these rollouts are seen: random ones look everywhere and find little; the
-    reward's gradient, estimated on other rollouts, is where a bias hurts. ``without_PX``: the counterfactual reward of each rollout ``[P, N]``, or ``[P, 1]`` where it belongs
-    to the problem.
+    reward's gradient, estimated on other rollouts, is where a bias hurts. ``without_PX``: the counterfactual reward of each
+    rollout ``[P, N]``, or ``[P, 1]`` where it belongs to the problem.
 
     ``[P, N]``: a problem's covariance is that of its rollouts, both means removed; problems whose ``R_without`` has no spread
     cannot tell. ``[P, 1]``: ``mean_n g * (R_without - mean of the other problems')``, which has mean 0 because the score has. Either
