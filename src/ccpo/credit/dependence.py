@@ -48,7 +48,7 @@ def dependence(score_PNJ: Tensor, without_PX: Tensor, *, level: float = 0.05) ->
     cannot tell. ``[P, 1]``: ``mean_n g * (R_without - mean of the other problems')``, which has mean 0 because the score has. Either
     way problems are independent, so the standard error is that of a mean over problems and needs no assumption on what
     happens within one (both may depend on what the agent was told). Student's t with one degree less than the problems that can
-    tell; Bonferroni over the J directions, so that of tests without dependence at most ``level`` raise an alarm.
+    tell; Bonferroni over the J directions, so that without dependence the alarm is raised at most at about the rate ``level``.
 
     Raises ValueError for shapes that do not fit, values that are not finite, and a level outside (0, 1).
     """

@@ -41,11 +41,9 @@ from ccpo.types import Coalition, CreditInputs, CreditOutputs
 Order = tuple[str, ...]
 """Agents in the order in which they enter the team."""
 
-DECODED, FREE, MOST = (
-    4,
-    10,
-    12,
-)  # agents up to which all coalitions are looked at: where it costs tokens, where not, ever
+DECODED = 4  # agents up to which "auto" looks at all coalitions where removals cost tokens,
+FREE = 10  # where they cost none,
+MOST = 12  # and up to which they can be asked for at all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
