@@ -340,7 +340,7 @@ def test_every_metric_of_a_run_is_documented(run: Path):
     assert len(written) > 50
     assert {name for name in written if not any(covers(pattern, name) for pattern in documented)} == set()
     # and the other way round: what this run cannot write is what is said to need other settings
-    elsewhere = {"credit/AGENT/bonus", "cache/drift", "actor/AGENT/updates_skipped"}
+    elsewhere = {"credit/AGENT/bonus", "credit/AGENT/shapley_error", "cache/drift", "actor/AGENT/updates_skipped"}
     elsewhere |= {"credit/AGENT/shared_corr", "credit/AGENT/same_as_shared"}  # absent where there is no spread
     unwritten = {pattern for pattern in documented if not any(covers(pattern, name) for name in written)}
     assert unwritten <= elsewhere
@@ -437,5 +437,16 @@ def test_the_voting_table_is_the_one_that_the_theory_tests_compute():
     columns = {f"p = {p}": numbers for p, *numbers in mark.args[1]}
     table = rows(page("rules.md"), "voting")
     assert "| voting | " + " | ".join(columns) + " |" in page("rules.md")
+    for i, numbers in enumerate(columns.values(), start=1):
+        assert [float(row[i]) for row in table] == numbers
+
+
+def test_the_shapley_table_is_the_one_that_the_theory_tests_compute():
+    from test_theory import test_voting_table_of_the_shapley_value as computed
+
+    (mark,) = (m for m in computed.pytestmark if m.name == "parametrize")
+    columns = {f"p = {p}": numbers for p, *numbers in mark.args[1]}
+    table = rows(page("rules.md"), "Shapley value, voting")
+    assert "| Shapley value, voting | " + " | ".join(columns) + " |" in page("rules.md")
     for i, numbers in enumerate(columns.values(), start=1):
         assert [float(row[i]) for row in table] == numbers

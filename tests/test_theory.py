@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ccpo.credit import ESTIMATORS, CCPOv1, CCPOv2, RemovalCredit, SharedReward
+from ccpo.credit import ESTIMATORS, CCPOv1, CCPOv2, RemovalCredit, ReplayCredit, Shapley, SharedReward
 from ccpo.credit.telemetry import correlation
-from ccpo.types import CreditInputs
+from ccpo.types import CreditInputs, TreePlace
 
 torch.set_num_threads(1)
 unit = st.floats(0, 1)
@@ -155,7 +155,8 @@ class TinyModel(nn.Module):
         return total
 
 
-def tiny_model_game() -> Game:
+def tiny_model_game(solo: float | None = None) -> Game:
+    """All texts of the tiny model; the solo reward is 1 with probability 0.6 and else 0, or always ``solo``."""
     torch.manual_seed(0)
     model = TinyModel()
     reward = torch.rand(3, 3)
@@ -164,8 +165,8 @@ def tiny_model_game() -> Game:
         logprob = model.logprob((text[0], text[1]))
         gradient = torch.autograd.grad(logprob, list(model.parameters()))
         score = torch.cat([g.flatten() for g in gradient])
-        for solo, solo_prob in ((0.0, 0.4), (1.0, 0.6)):
-            rows.append((logprob.detach().exp() * solo_prob, reward[text], torch.tensor(solo), score))
+        for alone, chance in ((0.0, 0.4), (1.0, 0.6)) if solo is None else ((solo, 1.0),):
+            rows.append((logprob.detach().exp() * chance, reward[text], torch.tensor(alone), score))
     prob, joint, without, score = (torch.stack(column).double() for column in zip(*rows, strict=True))
     return Game(prob=prob / prob.sum(), joint=joint, without=without, score=score)
 
@@ -229,6 +230,23 @@ def test_theorem_5_3(game: str, seed: int) -> None:
 @given(seed=seeds)
 def test_independent_solo_draws_meet_the_second_condition_with_equality(seed: int) -> None:
     assert closeness(think_solve_game(seed))[2] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_theorem_5_3_on_a_real_model_exactly_and_by_sampling() -> None:
+    """Every parameter of the model: the total variance of the gradient, and what 20,000 samples say of it."""
+    game = tiny_model_game(solo=0.5)
+    near, far, cross = closeness(game)
+    assert near < far
+    assert cross == pytest.approx(0, abs=1e-9)  # what the agent says does not change it
+    removal, shared = (game.variance(game.credit(rule)) for rule in (RemovalCredit(pairing="mean"), SharedReward()))
+    assert removal < shared
+    assert removal - shared == pytest.approx(exact_condition(game), abs=1e-6)  # the model is float32
+    rows = torch.multinomial(game.prob, 20_000, replacement=True, generator=torch.Generator().manual_seed(2))
+    squares = [(game.norm2() * game.credit(rule).square())[rows] for rule in (RemovalCredit(), SharedReward())]
+    saved = squares[1] - squares[0]  # the mean gradients are the same (Lemma A.1)
+    error = float(saved.std() / math.sqrt(rows.numel()))
+    assert abs(float(saved.mean()) - (shared - removal)) < 5 * error
+    assert shared - removal > 5 * error  # the other sign would have been noticed
 
 
 def test_theorem_5_3_is_not_empty() -> None:
@@ -374,6 +392,79 @@ def test_voting_table(p: float, shared: float, removal: float, removal_centred: 
     assert 2.5 < (found[1] / found[0]) ** 2 < 5.2  # how many times fewer rollouts for the same precision
 
 
+@pytest.mark.parametrize(("p", "raw", "centred"), [(0.3, 2.21, 2.65), (0.5, 4.12, 4.47), (0.7, 8.85, 2.65)])
+def test_voting_table_of_the_shapley_value(p: float, raw: float, centred: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    right = torch.rand(PROBLEMS, SAMPLES, 3, generator=generator) < p
+    vote = torch.where(right, 0, torch.randint(1, 5, right.shape, generator=generator))
+    inputs = CreditInputs(
+        agents=("a", "b", "c"),
+        decider=None,
+        active=("a",),
+        reward_PN=plurality_PN(vote, 5),
+        without={
+            tuple("abc"[k] for k in (0, 1, 2) if k not in left): plurality_PN(vote[:, :, left], 5)[:, :, None]
+            for left in ([0], [1], [2], [0, 1], [0, 2], [1, 2])
+        },
+    )
+    paid, score = Shapley()(inputs, {})[0].credit["a"], right[:, :, 0].float() - p
+    assert [signal_to_noise(score, paid, centred=c) for c in (False, True)] == pytest.approx([raw, centred], rel=0.04)
+    # another objective: the mean over the teams of one, two and three in which the voter could be
+    pair, team = ((score * plurality_PN(vote[:, :, :k], 5)).mean() for k in (2, 3))
+    assert float((score * paid).mean()) == pytest.approx(float((p * (1 - p) + pair + team) / 3), rel=0.02)
+
+
+THINK_SOLVE_TABLE = {
+    "shared reward, no baseline": 0.56,
+    "shared reward, group mean removed": 0.78,
+    "removal, paired solo, no baseline": 0.59,
+    "nested, N/2 thoughts x 2 answers, group mean removed": 0.70,
+    "v1 paired, history alone": 0.60,
+    "removal, paired solo, group mean removed": 0.56,
+    "removal, mean solo, no baseline": 0.77,
+    "v1 paired, then group normalisation": 0.56,
+    "v1 mean solo, history alone": 0.80,
+}
+
+
+def test_think_solve_table() -> None:
+    """A game that gives these numbers within 3%: a thought is good with probability 1/2; an answer is right with 0.66 after a
+    good one, 0.375 after a bad one, and 0.38 alone."""
+    P = 4 * PROBLEMS
+    u = torch.rand(5, P, SAMPLES, generator=torch.Generator().manual_seed(0))
+    good, nested = (u[0] < 0.5).float(), (u[3, :, : SAMPLES // 2] < 0.5).float().repeat_interleave(2, dim=1)
+    inputs = CreditInputs(
+        agents=("thinker", "solver"),
+        decider="solver",
+        active=("thinker",),
+        reward_PN=(u[1] < 0.375 + 0.285 * good).float(),
+        without={("thinker",): (u[2] < 0.38).float()[:, None, :]},
+    )
+    group = torch.arange(P).repeat_interleave(SAMPLES)
+
+    def credit(rule: object) -> Tensor:
+        state = rule(inputs, {})[1]  # type: ignore[operator]  # a history that has seen one batch
+        return rule(inputs, state)[0].credit["thinker"]  # type: ignore[operator]
+
+    def ratio(rule: object, *, centred: bool = False) -> float:
+        return signal_to_noise(good - 0.5, credit(rule), centred=centred)
+
+    normalised = ESTIMATORS["grpo"](credit(CCPOv1(pairing="paired")).flatten(), group).view(P, SAMPLES)
+    paired, mean = RemovalCredit(pairing="paired"), RemovalCredit(pairing="mean")
+    found = [
+        ratio(SharedReward()),
+        ratio(SharedReward(), centred=True),
+        ratio(paired),
+        signal_to_noise(nested - 0.5, (u[4] < 0.375 + 0.285 * nested).float(), centred=True),
+        ratio(CCPOv1(pairing="paired")),
+        ratio(paired, centred=True),
+        ratio(mean),
+        signal_to_noise(good - 0.5, normalised, centred=False),
+        ratio(CCPOv1(pairing="mean")),
+    ]
+    assert found == pytest.approx(list(THINK_SOLVE_TABLE.values()), rel=0.03)
+
+
 def test_think_solve_ranking() -> None:
     """A thought is good with probability 1/2; an answer is right with 0.75 after a good one, 0.45 after a bad one,
     and 0.35 alone."""
@@ -403,3 +494,74 @@ def test_think_solve_ranking() -> None:
     assert mean > 1.2 * paired  # the same counterfactual with less noise
     assert mean > 0.85 * shared_centred  # nearly as good as a group baseline, where there is none
     assert paired_centred < 0.8 * shared_centred  # on top of a group baseline a paired draw only adds noise
+
+
+# ---- replay: a text's worth in the situation that did occur (C3, arXiv 2603.06859)
+
+TREE = (2, 2, 2)
+TEXTS = 2
+
+
+def chain_game(seed: int) -> tuple[list[Tensor], Tensor]:
+    """Three agents in a chain, two texts each: logits of a text given all before it, and the reward of the three texts."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [[TEXTS] * (level + 1) for level in range(3)]
+    logits = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return logits, torch.rand([TEXTS] * 3, generator=generator, dtype=torch.float64)
+
+
+def every_tree(logits: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """All trees of 2 x 2 x 2 rollouts: the probability of each, and each rollout's text at the three levels, ``[tree, rollout]``."""
+    nodes = [math.prod(TREE[: level + 1]) for level in range(3)]
+    picks = torch.cartesian_prod(*[torch.arange(TEXTS)] * sum(nodes))
+    texts = [part.repeat_interleave(8 // n, dim=1) for part, n in zip(picks.split(nodes, dim=1), nodes, strict=True)]
+    prob = torch.ones(len(picks), dtype=torch.float64)
+    for level, count in enumerate(nodes):
+        chosen = logits[level].softmax(-1)[tuple(texts[: level + 1])]
+        prob = prob * chosen[:, :: 8 // count].prod(1)  # a shared text is drawn once
+    return prob, texts
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_replay_is_the_exact_conditional_value(seed: int) -> None:
+    """``E[credit | what was said] = E[R | said before, and the text] - E[R | said before]``, for every agent and text, over all trees;
+    so its gradient is that of the expected reward."""
+    agents = ("a", "b", "c")
+    logits, reward = chain_game(seed)
+    prob, texts = every_tree(logits)
+    assert float(prob.sum()) == pytest.approx(1)
+    inputs = CreditInputs(
+        agents=agents,
+        decider="c",
+        active=agents,
+        reward_PN=reward[tuple(texts)],
+        turns={agent: (agent,) for agent in agents},
+        tree={
+            agent: TreePlace(contexts=contexts, siblings=2, plays=plays)
+            for agent, contexts, plays in zip(agents, (1, 2, 4), (4, 2, 1), strict=True)
+        },
+    )
+    outputs, _ = ReplayCredit()(inputs, {})
+    worth = reward  # E[R | the texts up to a level]
+    for level in (2, 1, 0):
+        before = (worth * logits[level].softmax(-1)).sum(-1)  # E[R | the texts before it]
+        paid = outputs.turn_credit[agents[level]]
+        sizes = []
+        for said in itertools.product(range(TEXTS), repeat=level + 1):
+            happened = torch.stack([texts[depth] == text for depth, text in enumerate(said)]).all(0)
+            weight = prob[:, None] * happened
+            expected = float(worth[said] - before[said[:-1]])
+            assert float((weight * paid).sum() / weight.sum()) == pytest.approx(expected, abs=1e-12)
+            sizes.append(abs(expected))
+        assert max(sizes) > 0.01  # the sign could be told
+        worth = before
+    leaf = [x.clone().requires_grad_() for x in logits]
+    value = reward
+    for level in (2, 1, 0):
+        value = (value * leaf[level].softmax(-1)).sum(-1)
+    truth = torch.autograd.grad(value, leaf)
+    for level, agent in enumerate(agents):
+        place = tuple(texts[: level + 1])
+        logprob = leaf[level].log_softmax(-1)[place]
+        loss = (prob[:, None] * outputs.turn_credit[agent] * logprob).sum() / 8
+        torch.testing.assert_close(torch.autograd.grad(loss, leaf[level])[0], truth[level], atol=1e-12, rtol=0)

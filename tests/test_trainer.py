@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import ccpo
+from ccpo.credit import Shapley
 from ccpo.errors import RunFailure, UserError
 from ccpo.rollout import read_episodes
 from ccpo.teams import Agent, PlayTeam
@@ -42,6 +43,12 @@ TINY = {
     "trainer": {"steps": 4, "save_every": 2},
     "eval": {"problems": 8, "during": 4, "temperature": 1.0},
     "log": {"tensorboard": False},
+}
+
+VOTERS = ("voter1", "voter2", "voter3")
+VOTE = {
+    "team": {"kind": "voting", "k": 3, "prompts": dict.fromkeys(VOTERS, "{problem}=")},
+    "task": {"kind": "truth_choice", "options": 3, "literals": 2, "size": 200},
 }
 
 
@@ -216,18 +223,51 @@ def test_nothing_is_decoded_that_the_active_agents_do_not_need(tmp_path):
 
 
 def test_voting_costs_no_counterfactual_token(tmp_path):
-    prompts = {f"voter{i}": "{problem}=" for i in (1, 2, 3)}
-    ccpo.train(
-        recipe(
-            tmp_path / "run",
-            team={"kind": "voting", "k": 3, "prompts": prompts},
-            task={"kind": "truth_choice", "options": 3, "literals": 2, "size": 200},
-            trainer={"steps": 2},
-        )
-    )
+    ccpo.train(recipe(tmp_path / "run", **VOTE, trainer={"steps": 2}))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["tokens_counterfactual"] == 0
-    assert {f"without_voter{i}_after" for i in (1, 2, 3)} <= summary.keys()
+    assert {f"without_{voter}_after" for voter in VOTERS} <= summary.keys()
+
+
+def test_shapley_values_of_a_vote_cost_no_token_and_sum_to_the_reward(tmp_path):
+    ccpo.train(recipe(tmp_path / "run", **VOTE, credit={"kind": "shapley"}, trainer={"steps": 2}))
+    lines = metrics(tmp_path / "run")
+    assert [line["tokens/counterfactual"] for line in lines] == [0, 0]
+    for line in lines:
+        paid = sum(line[f"credit/voter{i}/mean"] for i in (1, 2, 3))
+        assert paid == pytest.approx(line["reward/team"], abs=1e-6)
+        assert {"reward/without_voter1", "reward/without_voter1_voter2"} <= line.keys()
+    [(group, record), *_] = read_episodes(tmp_path / "run" / "episodes" / "step-000001.jsonl.gz")
+    assert {c.removed for c in group.counterfactuals} == set(Shapley().needs(VOTERS, None, VOTERS))
+    for rollout, paid in zip(group.rollouts, record["rollouts"], strict=True):
+        assert sum(paid["credit"].values()) == pytest.approx(rollout.reward, abs=1e-6)
+
+
+def test_sampled_orders_go_on_where_they_were_after_a_resume(tmp_path):
+    sampled = {**VOTE, "credit": {"kind": "shapley", "method": "sampled", "permutations": 2}}
+    for name in ("whole", "cut"):
+        ccpo.train(recipe(tmp_path / name, **sampled))
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000004")
+    (tmp_path / "cut" / "summary.json").unlink()
+    ccpo.resume(tmp_path / "cut")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+    asked = []
+    for step, line in enumerate(metrics(tmp_path / "whole"), 1):
+        assert all(f"credit/{voter}/shapley_error" in line for voter in VOTERS)
+        [(group, _), *_] = read_episodes(tmp_path / "whole" / "episodes" / f"step-{step:06d}.jsonl.gz")
+        asked.append({c.removed for c in group.counterfactuals})
+        assert asked[-1] == Shapley(method="sampled", permutations=2).needs_at(
+            VOTERS, None, VOTERS, {"step": step - 1}, free=True
+        )
+    assert any(one != asked[0] for one in asked)
+
+
+def test_a_team_with_too_many_coalitions_is_refused_before_anything_is_loaded(tmp_path):
+    large = {"kind": "voting", "k": 13}
+    with pytest.raises(UserError, match=r"credit\.method: sampled"):
+        ccpo.train(recipe(tmp_path / "run", team=large, credit={"kind": "shapley", "method": "exact"}))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -249,6 +289,7 @@ def test_voting_costs_no_counterfactual_token(tmp_path):
             "credit": {"kind": "removal"},
             "loss": {"kind": "turn", "aggregate": "trajectory-mean", "kl": "k3", "kl_coef": 0.1},
         },
+        {"credit": {"kind": "shapley"}, "advantage": "dr_grpo"},
         {"credit": {"kind": "own"}, "loss": {"kind": "cispo", "importance_cap": 2.0, "entropy_coef": 0.01}},
         {"rollout": {"removal": "blank"}},
         {"rollout": {"removal": "placeholder", "placeholder": "12"}},

@@ -41,6 +41,12 @@ class Setup:
     def removal(self) -> Removal:
         return Removal(self.config.rollout.removal)
 
+    @property
+    def free_removals(self) -> bool:
+        """Whether no agent's removal, and so no coalition's, decodes anything: a vote. Of a function nobody can tell beforehand."""
+        team = self.team
+        return isinstance(team, Team) and all(team.plan((name,), self.removal).free for name in team.agent_names)
+
 
 def build_part(table: Mapping[str, Callable[..., Any]], part: Part, where: str) -> Any:
     """Call what ``part`` names (a key of ``table``, or ``module:attribute``) with its arguments, checked against its
@@ -84,6 +90,7 @@ def prepare(
         total=len(task), batch=config.rollout.prompts, seed=config.run.seed
     )  # refuses a task smaller than a step
     trainable = tuple(name for name in team.agent_names if not _frozen(config, name))
+    rule.needs(team.agent_names, team.decider, trainable)  # refuses a team that the rule cannot pay
     return Setup(
         config=config,
         team=team,

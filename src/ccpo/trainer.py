@@ -128,7 +128,7 @@ class Trainer:
             )
         return (
             {"reward/team": played.reward_PN.double().mean().item()}
-            | {f"reward/without_{'_'.join(c)}": r.double().mean().item() for c, r in sorted(played.without.items())}
+            | _without(played, len(inputs.agents))
             | {f"reward/{agent}_own": s.double().mean().item() for agent, s in played.score.items()}
             | dict(outputs.metrics)
             | credit_rules.telemetry(inputs, outputs, advantage, shared)
@@ -145,7 +145,9 @@ class Trainer:
         """The rollouts of one step, with only those counterfactuals that the active agents' credit needs."""
         config = self.config.rollout
         team = self.setup.team
-        coalitions = self.setup.rule.needs(team.agent_names, team.decider, active)
+        coalitions = credit_rules.needed(
+            self.setup.rule, team.agent_names, team.decider, active, self.state, free=self.setup.free_removals
+        )
         branch = self.planner.branch(self.step) if self.planner else self.setup.branch
         trains_solo = getattr(self.setup.rule, "gate", None) == "trajectory" and team.decider in active
         ask = Ask(
@@ -259,3 +261,9 @@ class _Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def _without(played: Played, K: int) -> dict[str, float]:
+    """Mean reward without each agent and with each alone; a rule that looks at all coalitions would make thousands of metrics."""
+    shown = {c: r for c, r in sorted(played.without.items()) if len(c) in (1, K - 1)}
+    return {f"reward/without_{'_'.join(c)}": r.double().mean().item() for c, r in shown.items()}

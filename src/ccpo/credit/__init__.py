@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ccpo.credit.advantage import ESTIMATORS
 from ccpo.credit.auto import AutoCredit
-from ccpo.credit.base import CreditRule, State
+from ccpo.credit.base import CreditRule, State, needed
 from ccpo.credit.ccpo_v1 import CCPOv1
 from ccpo.credit.ccpo_v2 import CCPOv2
 from ccpo.credit.history import Ema
@@ -15,6 +15,7 @@ from ccpo.credit.own import OwnCorrectness
 from ccpo.credit.removal import Pairing, has_spread, marginal, paired_or_mean
 from ccpo.credit.removal_rule import RemovalCredit
 from ccpo.credit.replay import ReplayCredit
+from ccpo.credit.shapley import Shapley
 from ccpo.credit.shared import SharedReward
 from ccpo.credit.telemetry import telemetry
 
@@ -26,6 +27,7 @@ RULES: dict[str, type] = {
     "removal": RemovalCredit,
     "own": OwnCorrectness,
     "replay": ReplayCredit,
+    "shapley": Shapley,
 }
 
 __all__ = [
@@ -40,10 +42,12 @@ __all__ = [
     "Pairing",
     "RemovalCredit",
     "ReplayCredit",
+    "Shapley",
     "SharedReward",
     "State",
     "has_spread",
     "marginal",
+    "needed",
     "paired_or_mean",
     "telemetry",
 ]

@@ -34,6 +34,9 @@ class CreditRule(Protocol):
     Attributes a rule may have: ``estimator``, what ``advantage: auto`` means for it ("grpo" where absent); ``branch``, the tree
     of rollouts it wants where the recipe names none; ``swaps``, that it reads ``inputs.swap``; ``rates``, that it reads
     ``inputs.shares``. A credit that differs between an agent's turns goes into ``turn_credit``.
+    A rule whose wishes change from batch to batch has ``needs_at`` beside ``needs``; whoever samples asks by :func:`needed`. It is
+    given the state that the call will be given too, so that the rule, which is pure, finds in the call what it asked for (orders drawn
+    from a counter of batches, say), and so does a resumed run. It is also told whether removals are ``free``: none decodes anything.
 
     ``pairing`` says how draws meet rollouts (:class:`~ccpo.credit.removal.Pairing`): "paired" wants as many draws of a
     problem as joint rollouts, "mean" any number, "cached" may be served from earlier steps; None needs no draws.
@@ -47,6 +50,23 @@ class CreditRule(Protocol):
     def start(self) -> State: ...
 
     def __call__(self, inputs: CreditInputs, state: Mapping[str, Any]) -> tuple[CreditOutputs, State]: ...
+
+
+def needed(
+    rule: CreditRule,
+    agents: tuple[str, ...],
+    decider: str | None,
+    active: tuple[str, ...],
+    state: Mapping[str, Any],
+    *,
+    free: bool,
+) -> frozenset[Coalition]:
+    """The coalitions that ``rule`` must see removed in the batch that it will be called for with ``state``: its ``needs_at``, or
+    where it has none its ``needs``. ``free``: no agent's removal decodes anything, so that looking at all costs no token."""
+    needs_at = getattr(rule, "needs_at", None)
+    if needs_at is None:
+        return rule.needs(agents, decider, active)
+    return needs_at(agents, decider, active, state, free=free)
 
 
 class Memoryless:
