@@ -16,7 +16,7 @@ from ccpo.learner import load_checkpoint, save_checkpoint
 from ccpo.loggers import Sinks
 from ccpo.pay import Payroll, lists, training_rows, turn_lengths
 from ccpo.planner import Planner
-from ccpo.rollout import Ask, CounterfactualCache, Played, Rater, play_team, write_episodes
+from ccpo.rollout import Ask, CounterfactualCache, Played, Rater, play_team, rating_report, write_episodes
 from ccpo.runfolder import RunFolder
 from ccpo.schedule import ProblemSampler
 from ccpo.types import CreditInputs
@@ -138,6 +138,7 @@ class Trainer:
             | dict(outputs.metrics)
             | credit_rules.telemetry(inputs, outputs, advantage, shared)
             | turn_lengths(played)
+            | rating_report(played.groups)
             | planned
             | self.cache.report()
             | stats.metrics

@@ -143,10 +143,19 @@ def _self_praise(agent: str, k: int, valid: Sequence[Tensor], share_KPNK: Tensor
 
 
 def _agreement(valid: Sequence[Tensor], share_KPNK: Tensor) -> float | None:
-    """Mean over pairs of raters of the correlation of their shares; None where no pair has any spread."""
-    found = [
-        correlation(share_KPNK[i][valid[i] & valid[j]], share_KPNK[j][valid[i] & valid[j]])
-        for i, j in combinations(range(len(valid)), 2)
-    ]
+    """Mean over pairs of raters of the correlation of their shares over the plays that both rated; None where no pair has any
+    spread. Each agent's mean share is taken away first: that both praise the same agent in every play says nothing."""
+    found = []
+    for i, j in combinations(range(len(valid)), 2):
+        both_PN = valid[i] & valid[j]
+        if both_PN.any():
+            one_BK, other_BK = share_KPNK[i][both_PN], share_KPNK[j][both_PN]
+            found.append(correlation(_centred(one_BK), _centred(other_BK)))
     told = [value for value in found if value is not None]
     return sum(told) / len(told) if told else None
+
+
+def _centred(share_BK: Tensor) -> Tensor:
+    """From the first row's, so that rows that are all alike give exactly 0."""
+    apart_BK = share_BK - share_BK[:1]
+    return apart_BK - apart_BK.mean(0)

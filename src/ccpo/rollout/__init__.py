@@ -9,7 +9,7 @@ from dataclasses import replace
 from ccpo.rollout.cache import CounterfactualCache
 from ccpo.rollout.episodes import SCHEMA, read_episodes, write_episodes
 from ccpo.rollout.play import PlayWalker
-from ccpo.rollout.ratings import AskRatings, Rater, shares_of
+from ccpo.rollout.ratings import AskRatings, Rater, rating_report, shares_of
 from ccpo.rollout.tree import Tree, plant
 from ccpo.rollout.voices import Limits, Sampling, Voice
 from ccpo.rollout.walk import Ask, Played, Walker
@@ -80,6 +80,7 @@ __all__ = [
     "Walker",
     "plant",
     "play_team",
+    "rating_report",
     "read_episodes",
     "write_episodes",
 ]

@@ -26,7 +26,7 @@ from ccpo.teams import (
     speakers,
 )
 from ccpo.teams.rating import ANSWER
-from ccpo.types import Completion, Group, Problem, Rating, Request, Rollout, Turn
+from ccpo.types import Completion, FinishReason, Group, Problem, Rating, Request, Rollout, Turn
 
 NO_ANSWER = "(none)"
 
@@ -197,6 +197,23 @@ def shares_of(groups: Sequence[Group], agents: Sequence[str]) -> tuple[dict[str,
     shares = {a: torch.tensor([[r.ratings[a].shares for r in g.rollouts] for g in groups]) for a in agents}
     valid = {a: torch.tensor([[r.ratings[a].valid for r in g.rollouts] for g in groups]) for a in agents}
     return shares, valid
+
+
+def rating_report(groups: Sequence[Group]) -> dict[str, float]:
+    """What the ratings of a step were like, as metrics; empty where there are none.
+
+    ``rating/asked``: share whose prompt was not too long; of these ``rating/mean_length`` in tokens and ``rating/clipped_ratio``,
+    the share cut at the most tokens of a rating.
+    """
+    ratings = [rating for group in groups for rollout in group.rollouts for rating in rollout.ratings.values()]
+    if not ratings:
+        return {}
+    said = [rating.turn.completion for rating in ratings if rating.turn is not None]
+    found = {"rating/asked": len(said) / len(ratings)}
+    if said:
+        found["rating/mean_length"] = sum(len(c.token_ids) for c in said) / len(said)
+        found["rating/clipped_ratio"] = sum(c.finish is FinishReason.LENGTH for c in said) / len(said)
+    return found
 
 
 def _encodable(text: str) -> str:
