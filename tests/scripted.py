@@ -31,6 +31,7 @@ class ScriptedEngine:
     calls: list[list[tuple[str, Request]]] = field(default_factory=list)
     prefill_tokens: int = 0
     decoded_tokens: int = 0
+    positions: int | None = None
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         assert requests, "an engine is not called for nothing"

@@ -185,6 +185,9 @@ def test_needs_in_voting_and_larger_teams(kind: str) -> None:
     assert rule.needs(("z", "b", "y"), "b", ("b",)) == alone
 
 
+RATED = {"y": t([[[0.2, 0.3, 0.5]] * 3] * 2), "z": t([[[0, 0, 1]] * 3] * 2), "b": t([[[0.6, 0.3, 0.1]] * 3] * 2)}
+
+
 @pytest.mark.parametrize("kind", list(RULES))
 def test_every_rule_pays_from_what_it_asked_for_and_is_pure(kind: str) -> None:
     rule, agents = RULES[kind](), ("y", "z", "b")
@@ -197,6 +200,7 @@ def test_every_rule_pays_from_what_it_asked_for_and_is_pure(kind: str) -> None:
                 active=active,
                 reward_PN=t([[1, 0, 1], [0, 0, 1]]),
                 without={c: t([[[0, 1, 1]], [[0, 1, 0]]]) for c in needed},
+                shares=RATED if getattr(rule, "rates", False) else {},
             )
             state = rule.start()
             for _ in range(3):

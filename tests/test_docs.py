@@ -342,6 +342,9 @@ def test_every_metric_of_a_run_is_documented(run: Path):
     # and the other way round: what this run cannot write is what is said to need other settings
     elsewhere = {"credit/AGENT/bonus", "credit/AGENT/shapley_error", "cache/drift", "actor/AGENT/updates_skipped"}
     elsewhere |= {"credit/AGENT/shared_corr", "credit/AGENT/same_as_shared"}  # absent where there is no spread
+    # of a rule that asks for ratings
+    elsewhere |= {f"rating/{name}" for name in ("valid", "agreement", "asked", "mean_length", "clipped_ratio")}
+    elsewhere |= {"seconds/rate"} | {f"credit/AGENT/{name}" for name in ("rating_valid", "rated_share", "self_praise")}
     unwritten = {pattern for pattern in documented if not any(covers(pattern, name) for name in written)}
     assert unwritten <= elsewhere
 

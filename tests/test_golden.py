@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ccpo.credit import ESTIMATORS, CCPOv1, CCPOv2
+from ccpo.credit import ESTIMATORS, CCPOv1, CCPOv2, SelfEval
 from ccpo.credit.history import Ema, sigma, trust
 from ccpo.losses import AGGREGATES, KLS, LOSSES, denominators
+from ccpo.teams import parse_rating
 from ccpo.types import CreditInputs
 
 torch.set_num_threads(1)
@@ -99,9 +101,22 @@ def test_v2(case: dict[str, Any]) -> None:
         assert_equal(outputs.credit["solver"][0], f64(case["solver"])[rows].tolist())
 
 
-@pytest.mark.parametrize("part", ["sepo", "sepo_parse"])
-def test_sepo(part: str) -> None:
-    pytest.skip(f"self- and peer-evaluated credit is not built yet: {len(CREDIT.get(part, []))} golden cases wait")
+@pytest.mark.parametrize("case", cases(CREDIT, "sepo", "center_by_group"))
+def test_sepo(case: dict[str, Any]) -> None:
+    rule = SelfEval(center="group" if case["center_by_group"] else "uniform")
+    P = len(set(case["group"]))
+    reward_PN = (f64(case["outcome"]).view(P, -1) + 1) / 2
+    shares = {agent: f64(case[f"by_{agent}"]).view(*reward_PN.shape, 2) for agent in ("thinker", "solver")}
+    inputs = replace(think_solve(reward_PN, torch.zeros(P, 1)), without={}, shares=shares)
+    outputs, _ = rule(inputs, rule.start())
+    for agent in ("thinker", "solver"):
+        assert_equal(outputs.credit[agent].flatten(), case[agent])
+
+
+@pytest.mark.parametrize("case", cases(CREDIT, "sepo_parse", "expected_outcome"))
+def test_sepo_parse(case: dict[str, Any]) -> None:
+    shares, valid = parse_rating(case["text"], case["expected_outcome"], ("thinker", "solver"))
+    assert (list(shares), valid) == (case["pair"], case["valid"])
 
 
 @pytest.mark.parametrize("case", cases(LOSS, "advantage", "name"))

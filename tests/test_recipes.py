@@ -51,7 +51,7 @@ def test_the_recipes_are_there():
     for model in ("qwen2.5-1.5b", "llama3.1-8b", "qwen3-4b"):
         assert {f"math_{model}_v1", f"math_{model}_v2"} <= set(RECIPES)
     assert {"math_qwen2.5-7b_v1", "math_olmo3-7b_v2", "math_olmo3-7b_qwen2.5-1.5b_v2"} <= set(RECIPES)
-    assert "logiqa_qwen2.5-1.5b_vote" in RECIPES
+    assert {"logiqa_qwen2.5-1.5b_vote", "math_qwen2.5-1.5b_sepo"} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -153,17 +153,23 @@ V2 = {
     "eval.temperature": 1.0,
     "eval.top_p": 0.7,
 }
+SEPO = {key: value for key, value in V2.items() if key not in ("credit.solo", "credit.bonus")} | {
+    "credit.kind": "sepo",
+    "credit.self_weight": 0.3,
+    "credit.center": "group",
+}
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_a_run_of_the_paper_has_its_constants(name: str):
     config = load_recipe(RECIPES[name])
-    holds(config, V2 if name.endswith("_v2") else V1)
+    holds(config, {"v2": V2, "sepo": SEPO}.get(name.rpartition("_")[2], V1))
     if name.endswith("_v1"):
         holds(config, {"credit.eta": 1.0, "credit.gate": "reward", "trainer.first": "thinker"})
     if name.endswith("_vote"):
         holds(config, {"team.kind": "voting", "team.k": 3})
-    assert not any(config.credit.arguments.get(guard) for guard in ("skip_flat", "center", "sigma_floor"))
+    if config.credit.kind == "ccpo_v1":
+        assert not any(config.credit.arguments.get(guard) for guard in ("skip_flat", "center", "sigma_floor"))
 
 
 # --- data: made up for preparing, real rows for the loops --------------------------------------------------------------
@@ -336,7 +342,7 @@ def run_paper(name: str, folder: Path, texts: Sequence[str], answers: Sequence[s
     """The recipe's loop on tiny models; returns its configuration, its result and its metrics."""
     config = load_recipe(RECIPES[name])
     overrides = [*SMALL, f"run.dir={folder / 'run'}", *tiny_models(config, folder, texts, answers), *more]
-    if name.endswith("_v2"):
+    if name.endswith(("_v2", "_sepo")):
         overrides += ["optim.minibatches=2", "agents.thinker.max_tokens=16"]
     result = ccpo.train(RECIPES[name], overrides)
     return config, result, check_run(result, config)
@@ -380,8 +386,12 @@ def test_think_solve_on_math(name: str, tmp_path: Path, real_data: dict[str, lis
     config, result, (thinking, solving) = run_paper(name, tmp_path, real_data["math"], answers)
     assert trained(thinking) == ["thinker"]
     assert trained(solving) == ["solver"]
-    assert thinking["tokens/counterfactual"] > 0
-    if config.credit.kind == "ccpo_v2":
+    assert (thinking["tokens/counterfactual"] > 0) == (config.credit.kind != "sepo")
+    if config.credit.kind == "sepo":
+        assert all(
+            line["tokens/rating"] > 0 and line["rating/valid"] < 0.1 for line in (thinking, solving)
+        )  # nobody taught them
+    elif config.credit.kind == "ccpo_v2":
         assert solving["tokens/counterfactual"] == 0  # a solver that is paid R needs no solo answers
     else:
         assert 0 < solving["credit/solver/gate"] < 1

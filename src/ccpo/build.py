@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
@@ -14,10 +14,10 @@ from ccpo.config import Part, RunConfig
 from ccpo.errors import UserError, nearest
 from ccpo.explain import explain
 from ccpo.imports import load_object
-from ccpo.rollout import Limits, Sampling, plant
+from ccpo.rollout import AskRatings, Limits, Sampling, plant
 from ccpo.schedule import ProblemSampler, Schedule
 from ccpo.tasks import TASKS, ProceduralTask, Task, limited
-from ccpo.teams import TEAMS, PlayTeam, Team
+from ccpo.teams import TEAMS, PlayTeam, Team, check_raters
 from ccpo.types import Removal
 
 
@@ -86,6 +86,8 @@ def prepare(
     rule = credit or build_part(credit_rules.RULES, config.credit, "credit")
     _check_agents(config, team)
     _check_settings(config, team)
+    if ratings_of(rule) is not None:
+        check_raters(team, ratings_of(rule).prompt)
     ProblemSampler(
         total=len(task), batch=config.rollout.prompts, seed=config.run.seed
     )  # refuses a task smaller than a step
@@ -130,6 +132,14 @@ def _branch(config: RunConfig, team: Team | PlayTeam, rule: Any) -> tuple[int, .
             raise UserError("a tree of rollouts needs at least two a problem: set rollout.samples to 2 or more")
         return "auto" if len(team.levels) > 1 else ()
     return plant(team, wanted, config.rollout.samples).branch
+
+
+def ratings_of(rule: Any) -> AskRatings | None:
+    """How a rule wants every agent to rate every rollout; None where it does not."""
+    if not getattr(rule, "rates", False):
+        return None
+    asked = {f.name: getattr(rule, f.name) for f in fields(AskRatings) if hasattr(rule, f.name)}
+    return AskRatings(**asked)
 
 
 def _check_agents(config: RunConfig, team: Team | PlayTeam) -> None:

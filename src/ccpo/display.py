@@ -97,9 +97,9 @@ def before_after(result: Result) -> None:
         table.add_row(_words(stem), "" if before is None else f"{before:.3f}", f"{summary[key]:.3f}")
     console.print(table)
     joint, extra = summary["tokens_joint"], summary["tokens_counterfactual"]
-    console.print(
-        f"tokens: {joint:,} joint, {extra:,} counterfactual ({extra / max(1, joint):.0%} on top)", highlight=False
-    )
+    rated = f", {summary['tokens_rating']:,} of ratings" if summary["tokens_rating"] else ""
+    on_top = (extra + summary["tokens_rating"]) / max(1, joint)
+    console.print(f"tokens: {joint:,} joint, {extra:,} counterfactual{rated} ({on_top:.0%} on top)", highlight=False)
     console.print(f"run: {escape(str(result.folder))}", highlight=False)
 
 

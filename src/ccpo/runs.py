@@ -156,6 +156,7 @@ def _train(setup: Setup, folder: RunFolder, reporter: Reporter, *, checkpoint: P
         **headline(ended, setup.team, "after"),
         "tokens_joint": trainer.totals["joint"],
         "tokens_counterfactual": trainer.totals["counterfactual"],
+        "tokens_rating": trainer.totals["rating"],
         "seconds_bootstrap": round(bootstrap_seconds, 2),
         "seconds_training": round(trainer.totals["seconds"], 2),
         "seconds_total": round(time.monotonic() - clock, 2),

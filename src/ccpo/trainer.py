@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ccpo import credit as credit_rules
-from ccpo.build import Setup
+from ccpo.build import Setup, ratings_of
 from ccpo.crew import Crew
 from ccpo.evaluate import Exam, evaluate, headline
 from ccpo.learner import load_checkpoint, save_checkpoint
 from ccpo.loggers import Sinks
 from ccpo.pay import Payroll, lists, training_rows, turn_lengths
 from ccpo.planner import Planner
-from ccpo.rollout import Ask, CounterfactualCache, Played, play_team, write_episodes
+from ccpo.rollout import Ask, CounterfactualCache, Played, Rater, play_team, rating_report, write_episodes
 from ccpo.runfolder import RunFolder
 from ccpo.schedule import ProblemSampler
 from ccpo.types import CreditInputs
@@ -49,6 +49,9 @@ class Trainer:
         self.planner = Planner(setup.team, config.rollout.samples) if setup.branch == "auto" else None
         self.state: dict[str, Any] = setup.rule.start()
         self.totals = {**dict.fromkeys(KINDS, 0), "seconds": 0.0}
+        self.ratings = ratings_of(setup.rule)
+        if self.ratings is not None:
+            Rater(team=setup.team, voices=crew.voices(), limits=setup.limits, ask=self.ratings).check()
         self.step = 0
         self.stopping: int | None = None
 
@@ -106,6 +109,8 @@ class Trainer:
             tree=played.tree,
             swap=played.swap,
             silent=played.silent,
+            shares=played.shares,
+            shares_valid=played.shares_valid,
         )
         started = time.monotonic()
         outputs, self.state = self.setup.rule(inputs, self.state)
@@ -133,6 +138,7 @@ class Trainer:
             | dict(outputs.metrics)
             | credit_rules.telemetry(inputs, outputs, advantage, shared)
             | turn_lengths(played)
+            | rating_report(played.groups)
             | planned
             | self.cache.report()
             | stats.metrics
@@ -160,6 +166,7 @@ class Trainer:
             placeholder=config.placeholder,
             keep_turns=coalitions if trains_solo else frozenset(),
             training=active,
+            ratings=self.ratings,
         )
         return play_team(
             team,
@@ -190,7 +197,7 @@ class Trainer:
             self.totals[kind] += played.tokens.get(kind, 0)
         self.totals["seconds"] += total
         return (
-            {f"tokens/{kind}": float(count) for kind, count in played.tokens.items()}
+            {f"tokens/{kind}": float(count) for kind, count in {"rating": 0, **played.tokens}.items()}
             | {"tokens/total": float(self.tokens)}
             | {f"seconds/{phase}": value for phase, value in {**played.seconds, **seconds, "step": total}.items()}
         )

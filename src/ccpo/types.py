@@ -120,14 +120,26 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rating:
+    """What an agent said of a finished play: ``shares`` of its outcome by agent, in the team's order, summing to 1. Equal shares
+    stand for a rating that is not ``valid``. ``turn`` is the turn in which it was said; None where it could not be asked."""
+
+    shares: tuple[float, ...]
+    valid: bool
+    turn: Turn | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One joint play of the team: its turns in topological order, the team's answer and its reward. ``scores`` has
-    the verdict's score of each turn that the decision read (each voter's own correctness)."""
+    the verdict's score of each turn that the decision read (each voter's own correctness); ``ratings`` what each agent
+    said of the play after the verdict, where a credit rule asked for it."""
 
     turns: tuple[Turn, ...]
     answer: str | None
     reward: float
     scores: Mapping[str, float] = field(default_factory=dict)
+    ratings: Mapping[str, Rating] = field(default_factory=dict)
 
     def turn(self, name: str) -> Turn:
         return next(t for t in self.turns if t.name == name)

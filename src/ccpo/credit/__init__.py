@@ -15,6 +15,7 @@ from ccpo.credit.own import OwnCorrectness
 from ccpo.credit.removal import Pairing, has_spread, marginal, paired_or_mean
 from ccpo.credit.removal_rule import RemovalCredit
 from ccpo.credit.replay import ReplayCredit
+from ccpo.credit.self_eval import SelfEval
 from ccpo.credit.shapley import Shapley
 from ccpo.credit.shared import SharedReward
 from ccpo.credit.telemetry import telemetry
@@ -28,6 +29,7 @@ RULES: dict[str, type] = {
     "own": OwnCorrectness,
     "replay": ReplayCredit,
     "shapley": Shapley,
+    "sepo": SelfEval,
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Pairing",
     "RemovalCredit",
     "ReplayCredit",
+    "SelfEval",
     "Shapley",
     "SharedReward",
     "State",

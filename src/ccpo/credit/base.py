@@ -40,6 +40,9 @@ class CreditRule(Protocol):
 
     ``pairing`` says how draws meet rollouts (:class:`~ccpo.credit.removal.Pairing`): "paired" wants as many draws of a
     problem as joint rollouts, "mean" any number, "cached" may be served from earlier steps; None needs no draws.
+
+    A rule with ``rates = True`` is given every agent's rating of every rollout (``inputs.shares``). Its ``max_tokens``, ``strict``
+    and ``prompt`` say how they are asked for, as those of :class:`~ccpo.credit.self_eval.SelfEval`.
     """
 
     @property

@@ -20,10 +20,12 @@ class Engine(Protocol):
     ``generate`` answers in the order of the requests and samples each from its seed and prompt alone. ``refresh`` reads
     the weights of the torch module that the engine was made from again, after an optimiser step. ``prefill_tokens`` and
     ``decoded_tokens`` count, since the engine was made, the prompt tokens that were run and the tokens returned.
+    ``positions`` is the most tokens that a prompt and its completion can have together; None where nothing bounds them.
     """
 
     prefill_tokens: int
     decoded_tokens: int
+    positions: int | None
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]: ...
 

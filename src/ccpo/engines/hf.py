@@ -78,7 +78,7 @@ class TransformersEngine:
         self._ends = end_ids(bare(model), tokenizer)
         self._ends_E = torch.tensor(self._ends, dtype=torch.int64, device=self._device)
         self._vocab = bare(model).config.get_text_config().vocab_size
-        self._positions = getattr(bare(model).config.get_text_config(), "max_position_embeddings", None)
+        self.positions = getattr(bare(model).config.get_text_config(), "max_position_embeddings", None)
         self._max_batch_tokens = max_batch_tokens
 
     def refresh(self) -> None:
@@ -86,7 +86,7 @@ class TransformersEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion a request, in their order. Raises UserError for a request that cannot be decoded."""
-        check_requests(requests, vocab=self._vocab, positions=self._positions)
+        check_requests(requests, vocab=self._vocab, positions=self.positions)
         max_rows = max(1, LOGITS // self._vocab)
         found: dict[int, Completion] = {}
         with torch.no_grad(), _speaking(self._model, self._adapter), self._precision():

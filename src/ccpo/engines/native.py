@@ -66,7 +66,7 @@ class NativeEngine:
         self._decode = decoder(tokenizer)
         self._ends = end_ids(self.weights.source, tokenizer)
         self._ends_E = torch.tensor(self._ends, dtype=torch.int64, device=self.device)
-        self._positions = self.weights.source.config.max_position_embeddings
+        self.positions = self.weights.source.config.max_position_embeddings
         self._max_batch_tokens = max_batch_tokens
 
     def refresh(self) -> None:
@@ -75,7 +75,7 @@ class NativeEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion a request, in their order. Raises UserError for a request that cannot be decoded."""
-        check_requests(requests, vocab=self.weights.vocab, positions=self._positions)
+        check_requests(requests, vocab=self.weights.vocab, positions=self.positions)
         max_rows = max(1, LOGITS // self.weights.vocab)
         found: dict[int, Completion] = {}
         with torch.inference_mode():

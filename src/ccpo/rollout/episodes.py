@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ccpo.errors import UserError
-from ccpo.types import Completion, Counterfactual, FinishReason, Group, Problem, Rollout, Turn
+from ccpo.types import Completion, Counterfactual, FinishReason, Group, Problem, Rating, Rollout, Turn
 
 SCHEMA = "ccpo.episodes/1"
 
@@ -36,6 +36,7 @@ def write_episodes(
                 "credit": {agent: _number(values[p][n]) for agent, values in credit.items()},
                 "advantage": {agent: _number(values[p][n]) for agent, values in advantage.items()},
                 "turns": [_turn(t, tokens) for t in rollout.turns],
+                **({"ratings": _ratings(rollout.ratings, tokens)} if rollout.ratings else {}),
             }
             for n, rollout in enumerate(group.rollouts)
         ]
@@ -112,6 +113,7 @@ def _read_group(record: Mapping[str, Any]) -> Group:
                 answer=r["answer"],
                 reward=r["reward"],
                 scores=r["scores"],
+                ratings={agent: _read_rating(rating) for agent, rating in r.get("ratings", {}).items()},
             )
             for r in record["rollouts"]
         ),
@@ -151,6 +153,20 @@ def _turn(turn: Turn, tokens: bool) -> dict[str, Any]:
         record["token_ids"] = list(turn.completion.token_ids)
         record["logprobs"] = [round(x, 6) for x in turn.completion.logprobs]
     return record
+
+
+def _ratings(ratings: Mapping[str, Rating], tokens: bool) -> dict[str, Any]:
+    return {
+        agent: {"shares": list(r.shares), "valid": r.valid, "turn": None if r.turn is None else _turn(r.turn, tokens)}
+        for agent, r in ratings.items()
+    }
+
+
+def _read_rating(record: Mapping[str, Any]) -> Rating:
+    turn = record["turn"]
+    return Rating(
+        shares=tuple(record["shares"]), valid=record["valid"], turn=None if turn is None else _read_turn(turn)
+    )
 
 
 def _read_turn(record: Mapping[str, Any]) -> Turn:

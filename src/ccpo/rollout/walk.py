@@ -18,6 +18,7 @@ from torch import Tensor
 from ccpo.errors import UserError
 from ccpo.rollout.cache import CounterfactualCache
 from ccpo.rollout.lanes import Lane
+from ccpo.rollout.ratings import AskRatings
 from ccpo.rollout.score import score_lanes
 from ccpo.rollout.seeds import seed_of
 from ccpo.rollout.swap import swapped
@@ -33,7 +34,8 @@ class Ask:
     """What is to be sampled: N joint rollouts a problem, and for each coalition ``draws`` counterfactuals (None: N a problem, or one a
     rollout). ``keep_turns``: coalitions whose turns are training data, so that the cache must not stand in for them.
     ``training``: agents that are being trained, whose counterfactual rewards will not last. ``branch``: the joint rollouts' tree
-    (empty: they share nothing); ``swaps``: ballots put into other rollouts, too."""
+    (empty: they share nothing); ``swaps``: ballots put into other rollouts, too. ``ratings``: how every agent is
+    to rate every joint rollout after its verdict; None: not at all."""
 
     samples: int
     branch: Branch = ()
@@ -44,13 +46,14 @@ class Ask:
     placeholder: str = ""
     keep_turns: frozenset[Coalition] = frozenset()
     training: tuple[str, ...] = ()
+    ratings: AskRatings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Played:
     """What was sampled. ``without[coalition]`` is ``[P, N, M]``, or ``[P, 1, M]`` where draws belong to the problem;
-    ``score[agent]`` is ``[P, N]``, each agent's own correctness where the decision reads it. ``turns``, ``tree``, ``swap`` and ``silent``: see
-    :class:`~ccpo.types.CreditInputs`. Counts are tokens: what rollouts of a tree share is counted once."""
+    ``score[agent]`` is ``[P, N]``, each agent's own correctness where the decision reads it. ``turns``, ``tree``, ``swap``, ``silent``,
+    ``shares`` and ``shares_valid``: see :class:`~ccpo.types.CreditInputs`. Counts are tokens: what rollouts of a tree share is counted once."""
 
     groups: tuple[Group, ...]
     reward_PN: Tensor
@@ -62,6 +65,8 @@ class Played:
     tree: Mapping[str, TreePlace] = field(default_factory=dict)
     swap: Mapping[str, Tensor] = field(default_factory=dict)
     silent: Mapping[str, Tensor] = field(default_factory=dict)
+    shares: Mapping[str, Tensor] = field(default_factory=dict)
+    shares_valid: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)

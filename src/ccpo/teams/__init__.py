@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ccpo.teams.boxed import strip_boxed
-from ccpo.teams.chat import Prompt, render_prompt
+from ccpo.teams.chat import Prompt, PromptTooLong, render_prompt
 from ccpo.teams.decisions import (
     DECISIONS,
     Ballot,
@@ -21,6 +21,8 @@ from ccpo.teams.decisions import (
 from ccpo.teams.graph import Agent, Team, TurnSpec
 from ccpo.teams.plan import Fate, Plan
 from ccpo.teams.play import PlayTeam, Speak
+from ccpo.teams.rating import check_raters, rating_turn, speakers
+from ccpo.teams.rating_parse import equal_shares, parse_rating
 from ccpo.teams.ready import chain, debate, manager_workers, single, think_solve, voting
 from ccpo.teams.spec import custom, team_from_dict
 from ccpo.teams.templates import Template
@@ -52,6 +54,7 @@ __all__ = [
     "Plan",
     "PlayTeam",
     "Prompt",
+    "PromptTooLong",
     "Sampled",
     "Speak",
     "Team",
@@ -60,13 +63,18 @@ __all__ = [
     "VoteKind",
     "Weighted",
     "chain",
+    "check_raters",
     "custom",
     "debate",
+    "equal_shares",
     "majority_BK",
     "manager_workers",
+    "parse_rating",
+    "rating_turn",
     "recount_without",
     "render_prompt",
     "single",
+    "speakers",
     "strip_boxed",
     "team_from_dict",
     "think_solve",

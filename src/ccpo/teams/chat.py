@@ -12,6 +12,10 @@ from ccpo.teams.reader import Reader, reader_of, scatter
 from ccpo.teams.templates import Values
 
 
+class PromptTooLong(UserError):
+    """A prompt that is over its budget without any message."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """A prompt as text and as tokens; ``cut_tokens`` counts the tokens that messages lost to fit."""
@@ -38,7 +42,7 @@ def render_prompt(
     longest messages are cut further, evenly, keeping their heads (or tails). The problem is never cut. Nothing in
     ``values`` can put a special token into the prompt: text that imitates one gets a space inside it.
 
-    Raises :class:`~ccpo.errors.UserError` where the prompt is too long without any message.
+    Raises :class:`PromptTooLong` (a UserError) where the prompt is too long without any message.
     """
     reader = reader_of(tokenizer)
     given = {name: text and reader.defuse(text) for name, text in values.items()}
@@ -68,7 +72,7 @@ class _Job:
         while len(ids) > self.budget:
             lengths = [self.reader.length(shown[name]) for name in messages]
             if not any(lengths):
-                raise UserError(
+                raise PromptTooLong(
                     f"the prompt of turn {self.turn.name!r} has {len(ids)} tokens without any message, and the "
                     f"budget is {self.budget}; "
                     "raise rollout.max_prompt_tokens, shorten the template or leave out such long problems"
