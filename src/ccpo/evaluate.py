@@ -34,8 +34,8 @@ def evaluate(
     """A report for each data set.
 
     ``team``: mean reward with its 95% interval; ``tokens``: generated tokens of one joint play; ``pass@k``, ``majority@k`` for
-    k = 1, 2, 4, … up to the samples; ``alone``: each agent by itself; ``without``: the team with an agent's messages dropped, and ``blank``: with them empty (the lazy-agent test of
-    arXiv 2603.21563, Table 3). Raises UserError for an empty data set.
+    k = 1, 2, 4, … up to the samples; ``alone``: each agent by itself; ``without``: the team with an agent's messages dropped, and
+    ``blank``: with them empty (the lazy-agent test of arXiv 2603.21563, Table 3). Raises UserError for an empty data set.
     """
     heard = {agent: _speaking(voice, exam) for agent, voice in voices.items()}
     reports = {}

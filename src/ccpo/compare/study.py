@@ -118,6 +118,9 @@ class Study(StudySection):
     reference: str | None = Field(
         None, description="the method whose final accuracy sets the 90% mark; default: headline[1]"
     )
+    boxes: list[str] | None = Field(
+        None, description="methods whose credit is drawn; default: the headline pair and two more"
+    )
     exam: ExamSpec = ExamSpec()
     tune: TuneSpec | None = None
     sweeps: dict[Name, SweepSpec] = Field({})
@@ -160,7 +163,11 @@ class Study(StudySection):
         return self
 
     def _method_names(self) -> dict[str, list[str]]:
-        found = {"headline": self.headline or [], "reference": [self.reference] if self.reference else []}
+        found = {
+            "headline": self.headline or [],
+            "reference": [self.reference] if self.reference else [],
+            "boxes": self.boxes or [],
+        }
         return found | {f"sweeps.{name}.method": [sweep.method] for name, sweep in self.sweeps.items()}
 
     def _task_names(self) -> dict[str, list[str]]:
