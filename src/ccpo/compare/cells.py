@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ccpo.build import Setup, prepare
+from ccpo.compare.drift import relied_on
 from ccpo.compare.merge import at, laid_over
 from ccpo.compare.study import Grid, Study
 from ccpo.config import RunConfig, load_recipe
@@ -18,8 +20,8 @@ from ccpo.tasks import TASKS, ProceduralTask
 from ccpo.teams import Team
 
 EPOCH = 1
-"""Raise it when the training code, or a default, changes what a cell's recipe gives. A cell's fingerprint is made of its recipe
-and this number, and not of the commit: most commits change no result, and a study is hours of work."""
+"""Raise it when the training code changes what a recipe gives. A cell's fingerprint is made of its recipe and this number, and not of
+the commit: most commits change no result, and a study is hours of work. (Changed defaults are noticed by themselves: drift.py.)"""
 
 Point = dict[str, Any]
 """A grid point or the value of a sweep: values by key of the recipe."""
@@ -112,7 +114,7 @@ def make_cell(study: Study, method: str, task: str, seed: int, point: Point, swe
     ood = ood_part(study, task, data)
     exam = study.exam.model_dump()
     shaping = config.model_dump(exclude_unset=True, exclude={"run": {"name", "dir", "overwrite"}, "log": True})
-    identity = json.dumps([EPOCH, shaping, ood, exam], sort_keys=True, default=str)
+    identity = json.dumps([EPOCH, shaping, ood, exam, relied_on(study.drift, config)], sort_keys=True, default=str)
     return Cell(
         task=task,
         method=method,
@@ -226,7 +228,7 @@ def _check_cell(study: Study, method: str, task: str, point: Point, where: str =
     if study.methods[method].train and budget < least:
         raise UserError(
             f"{place}: the budget tasks.{task}.tokens is {budget}, but one step takes at least {least} tokens "
-            f"({setup.config.rollout.prompts} problems × {setup.config.rollout.samples} rollouts × a token a turn); raise it"
+            f"({setup.config.rollout.prompts} problems, a token a turn); raise it"
         )
     return cell
 
@@ -247,6 +249,10 @@ def setup_of(cell: Cell) -> Setup:
 def fewest_tokens(setup: Setup) -> int:
     """The fewest tokens that one step can take: one for each turn of each joint rollout; rollouts of a tree share turns, so one each."""
     config: RunConfig = setup.config
-    tree = config.rollout.branch is not None or getattr(setup.rule, "branch", None)
-    turns = len(setup.team.turns) if isinstance(setup.team, Team) and not tree else 1
-    return config.rollout.prompts * config.rollout.samples * turns
+    if setup.branch == "auto":
+        return config.rollout.prompts
+    if setup.branch:
+        return config.rollout.prompts * math.prod(setup.branch)
+    return (
+        config.rollout.prompts * config.rollout.samples * (len(setup.team.turns) if isinstance(setup.team, Team) else 1)
+    )

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from ccpo.compare.cells import Cell, check
+from ccpo.compare.drift import drifted, present_defaults
 from ccpo.compare.progress import Watcher, every_cell, plan_table, progress_table
 from ccpo.compare.runner import PHASES, Runner, Settings, describe
-from ccpo.compare.store import Store, read_results
+from ccpo.compare.store import Results, Store, read_results
 from ccpo.compare.study import Study, load_study
 from ccpo.errors import UserError, nearest
 
@@ -38,11 +39,13 @@ def compare(source: str | Path, options: Options, settings: Settings) -> bool:
     settings = replace(settings, only=filtered(study, options.only), phases=_phases(settings.phases))
     store = Store(options.folder or Path("runs") / f"study-{study.name}")
     store.create()
+    taken = read_results(options.results, study.name) if options.results is not None else None
+    study = _since_begun(study, store, taken, options)
     with Watcher(settings.jobs) as watcher:
         runner = Runner(study, store, settings, watcher)
         watcher.runner = runner
-        if options.results is not None:
-            _take_over(runner, options.results, console)
+        if taken is not None:
+            _take_over(runner, taken, console)
         if options.listing:
             console.print(plan_table(runner))
             return not runner.open_cells()
@@ -87,9 +90,21 @@ def filtered(study: Study, words: Sequence[str]) -> Callable[[Cell], bool]:
     return lambda cell: all(str(getattr(cell, key)) in values for key, values in wanted.items())
 
 
-def _take_over(runner: Runner, path: Path, console: Console) -> None:
+def _since_begun(study: Study, store: Store, taken: Results | None, options: Options) -> Study:
+    """The study against the defaults of its folder's beginning. Raises UserError where a results file began with others."""
+    then = store.defaults(taken.defaults if taken else None)
+    if taken is not None and (other := drifted(then, taken.defaults)):
+        key = next(iter(other))
+        raise UserError(
+            f"{options.results} and {store.folder} began with other defaults ({key}: {other[key]!r} and {then[key]!r}); take the file over "
+            "into a new folder (--folder)"
+        )
+    return study.since(drifted(then, present_defaults()))
+
+
+def _take_over(runner: Runner, results: Results, console: Console) -> None:
     """Put the cells of a results file into the study's folder where the study has the same recipe; say how many it has not."""
-    found = read_results(path, runner.study.name)
+    found = results.records
     taken: set[str] = set()
     before = -1
     while before != len(taken):  # tuning cells that come in decide which further cells the study has
@@ -101,7 +116,7 @@ def _take_over(runner: Runner, path: Path, console: Console) -> None:
                     runner.store.write(cell, found[cell.fingerprint])
         runner.plan()
     stale = [r for fingerprint, r in found.items() if fingerprint not in taken]
-    console.print(f"{path}: {len(taken)} cells taken over", highlight=False)
+    console.print(f"{len(taken)} cells taken over", highlight=False)
     for result in stale[:10]:
         console.print(
             f"  not taken, made by another recipe: {result['method']} on {result['task']}, seed {result['seed']}",

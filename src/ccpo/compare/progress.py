@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from ccpo.compare.cells import Cell
 from ccpo.compare.runner import Runner, State
@@ -60,10 +61,10 @@ def progress_line(runner: Runner, jobs: int) -> str:
     return f"{done}/{total} cells done, {failed} failed, {len(runner.state.running)} running here; {_eta(left)}"
 
 
-def progress_table(runner: Runner, jobs: int) -> Table:
-    """Methods down, tasks across: done/all, failed, running."""
+def progress_table(runner: Runner, jobs: int) -> Group:
+    """The line of the whole, and a table with methods down and tasks across: done/all, failed, running."""
     study, cells = runner.study, every_cell(runner.state)
-    table = Table(title=f"{study.name}: {progress_line(runner, jobs)}", box=None)
+    table = Table(box=None)
     table.add_column("method")
     for task in study.tasks:
         table.add_column(task, justify="right")
@@ -75,7 +76,7 @@ def progress_table(runner: Runner, jobs: int) -> Table:
                 continue
             row.append(_entry(runner, [c for c in cells if (c.method, c.task) == (method, task)], (method, task)))
         table.add_row(method, *row)
-    return table
+    return Group(Text(f"{study.name}: {progress_line(runner, jobs)}"), table)
 
 
 def _entry(runner: Runner, cells: Sequence[Cell], pair: tuple[str, str]) -> str:

@@ -13,7 +13,7 @@ from ccpo.compare.page import page as render
 from ccpo.compare.page import relative
 from ccpo.compare.progress import every_cell
 from ccpo.compare.runner import Runner
-from ccpo.compare.store import Store, write_results, write_text
+from ccpo.compare.store import Results, Store, write_results, write_text
 from ccpo.compare.study import Study
 from ccpo.compare.summary import Summary, summarise
 from ccpo.compare.tuning import choose
@@ -35,7 +35,10 @@ def write_report(
         results,
         study.name,
         versions()["ccpo"],
-        {cell.fingerprint: found for cell in cells if (found := runner.result(cell)) is not None},
+        Results(
+            records={cell.fingerprint: found for cell in cells if (found := runner.result(cell)) is not None},
+            defaults=store.defaults(),
+        ),
         {cell.id: error for cell in cells if (error := _error(runner, cell)) is not None},
     )
     try:

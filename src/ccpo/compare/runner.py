@@ -37,6 +37,7 @@ class Settings:
     only: Callable[[Cell], bool] = lambda cell: True
     retry_failed: bool = False
     keep_runs: bool = False
+    worker: Sequence[str] = ("-m", "ccpo.compare.worker")
 
 
 @dataclass(kw_only=True)
@@ -153,7 +154,7 @@ class Runner:
         write_small(work / "job.json", {"cell": asdict(cell), "seconds": None if limit is None else limit * 60})
         with (work / "log.txt").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "ccpo.compare.worker", str(self.store.folder), str(work / "job.json")],
+                [sys.executable, *self.settings.worker, str(self.store.folder), str(work / "job.json")],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

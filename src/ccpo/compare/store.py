@@ -1,7 +1,7 @@
 """A study's folder: one small file a cell, written whole or not at all, and the one results file made of them.
 
 ``cells/ID.json`` a result · ``cells/ID.error.json`` why a cell failed · ``claims/ID.lock`` held by the process that runs the cell ·
-``work/ID/`` its run, deleted when its result is kept · ``results.jsonl`` · ``figures/`` · ``report.md``.
+``work/ID/`` its run, deleted when its result is kept · ``defaults.json`` · ``results.jsonl`` · ``figures/`` · ``report.md``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from ccpo.compare.cells import EPOCH, Cell
+from ccpo.compare.drift import Defaults, present_defaults
 from ccpo.errors import UserError
-from ccpo.runfolder import write_json
+from ccpo.runfolder import read_json, write_json
 
 FORMAT = "ccpo.study/1"
 
@@ -52,6 +53,19 @@ class Store:
             raise UserError(
                 f"cannot make the study's folder {self.folder}: {error.strerror}; choose another with --folder"
             ) from None
+
+    def defaults(self, known: Defaults | None = None) -> Defaults:
+        """The defaults of the study's beginning. Where none are kept yet, ``known`` (those of a results file that is taken over) or the
+        present ones begin it. Raises UserError for a damaged file."""
+        path = self.folder / "defaults.json"
+        if not path.is_file():
+            write_json(path, known or present_defaults())
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise UserError(
+                f"{path} is damaged; the study's cells cannot be told from others any more: choose another --folder"
+            )
+        return found
 
     # --- results -----------------------------------------------------------------------------------------------------------
 
@@ -160,10 +174,17 @@ def write_text(path: Path, text: str) -> None:
 # --- the results file --------------------------------------------------------------------------------------------------------
 
 
-def write_results(
-    path: Path, study: str, version: str, records: Mapping[str, Mapping[str, Any]], failures: Mapping[str, str]
-) -> None:
-    """One line of header, then a line a cell, in the order of ``records`` (fingerprint → result); failed cells by id in the header."""
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """A results file: results by fingerprint, and the defaults of the study's beginning, against which fingerprints are made."""
+
+    records: dict[str, dict[str, Any]]
+    defaults: Defaults
+
+
+def write_results(path: Path, study: str, version: str, results: Results, failures: Mapping[str, str]) -> None:
+    """One line of header, then a line a cell; failed cells by id in the header."""
+    records = results.records
     header = {
         "format": FORMAT,
         "study": study,
@@ -171,17 +192,19 @@ def write_results(
         "ccpo": version,
         "cells": len(records),
         "failed": dict(failures),
+        "defaults": results.defaults,
     }
     lines = [header, *(sealed(result, fingerprint) for fingerprint, result in records.items())]
     write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
-def read_results(path: Path, study: str) -> dict[str, dict[str, Any]]:
-    """Results by fingerprint. Raises UserError for a file that is no results file, is of another format, epoch or study, or is damaged."""
+def read_results(path: Path, study: str) -> Results:
+    """What :func:`write_results` wrote. Raises UserError for a file that is no results file, is of another format, epoch or study, or is damaged."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
         header = json.loads(lines[0])
         found_format, found_study, found_epoch, count = (header[k] for k in ("format", "study", "epoch", "cells"))
+        defaults = dict(header["defaults"])
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give the results file of a study") from None
     except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
@@ -206,4 +229,4 @@ def read_results(path: Path, study: str) -> dict[str, dict[str, Any]]:
             raise UserError(f"{path}, line {number}: damaged ({error}); take a whole copy of the file") from None
     if len(found) != count:
         raise UserError(f"{path}: {count} cells were written, {len(found)} are there; it was cut off")
-    return found
+    return Results(records=found, defaults=defaults)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from ccpo.config import Section
 from ccpo.errors import UserError, nearest
@@ -124,6 +124,18 @@ class Study(StudySection):
     exam: ExamSpec = ExamSpec()
     tune: TuneSpec | None = None
     sweeps: dict[Name, SweepSpec] = Field({})
+
+    _drift: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    def since(self, drift: Mapping[str, Any]) -> Study:
+        """The study in a folder that was begun when those defaults of ``drift`` (see :mod:`ccpo.compare.drift`) were others."""
+        copy = self.model_copy()
+        copy._drift = dict(drift)
+        return copy
+
+    @property
+    def drift(self) -> Mapping[str, Any]:
+        return self._drift
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
