@@ -96,10 +96,10 @@ def sweep_cells(study: Study, chosen: Chosen) -> dict[str, list[tuple[Any, list[
 
 def grid_of(study: Study, method: str) -> Grid:
     """The grid that a method is tuned over; empty where it is not tuned."""
-    own = study.methods[method].tune
-    if study.tune is None or not study.methods[method].train or own is False:
+    spec = study.methods[method]
+    if study.tune is None or not spec.train or not spec.tune:
         return {}
-    return own if isinstance(own, dict) else study.tune.grid
+    return study.tune.grid if spec.grid is None else spec.grid
 
 
 def points(grid: Grid) -> list[Point]:

@@ -68,9 +68,8 @@ class MethodSpec(StudySection):
     label: str | None = None
     single: bool = Field(False, description="a single agent: takes the task's `single` section too")
     train: bool = Field(True, description="false: the team is judged as it is before training")
-    tune: bool | Grid = Field(
-        True, description="false: keeps the recipe's hyperparameters; a grid: in place of the study's"
-    )
+    tune: bool = Field(True, description="false: keeps the recipe's hyperparameters")
+    grid: Grid | None = Field(None, description="a grid of its own in place of the study's")
     tasks: list[str] | None = Field(
         None, description="the tasks it applies to; default: all without a reason in why_empty"
     )
