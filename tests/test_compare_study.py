@@ -76,12 +76,24 @@ def chosen(of: Study) -> dict[tuple[str, str], Any]:
         ("reference", "nobody", ["reference", "unknown method 'nobody'"]),
         ("boxes", ["nobody"], ["boxes", "unknown method"]),
         ("methods.shared.tasks", ["sums"], ["methods.shared.why_empty.choice", "an empty cell states its reason"]),
-        ("methods.shared.why_empty", {"sum": "x"}, ["methods.shared.why_empty", "unknown task 'sum'", "Did you mean 'sums'"]),
+        (
+            "methods.shared.why_empty",
+            {"sum": "x"},
+            ["methods.shared.why_empty", "unknown task 'sum'", "Did you mean 'sums'"],
+        ),
         ("methods.single.tasks", ["sums", "choice"], ["in tasks and in why_empty"]),
         ("tune", {"grid": {"optim.lr": [1e-3]}, "seeds": [1]}, ["tune.seeds", "[1]", "results do not use"]),
         ("tune", {"grid": {}}, ["tune.grid"]),
-        ("sweeps", {"a": {"method": "v1", "task": "sums", "key": "optim.lr", "values": [1]}}, ["sweeps.a.method", "'v1'"]),
-        ("sweeps", {"a": {"method": "single", "task": "sums", "key": "optim.lr", "values": [1]}}, ["sweeps.a", "does not apply"]),
+        (
+            "sweeps",
+            {"a": {"method": "v1", "task": "sums", "key": "optim.lr", "values": [1]}},
+            ["sweeps.a.method", "'v1'"],
+        ),
+        (
+            "sweeps",
+            {"a": {"method": "single", "task": "sums", "key": "optim.lr", "values": [1]}},
+            ["sweeps.a", "does not apply"],
+        ),
         ("sweeps", {"a": {"method": "untrained", "task": "sums", "key": "optim.lr", "values": [1]}}, ["not trained"]),
     ],
 )
@@ -101,7 +113,11 @@ def test_a_study_that_makes_no_sense_is_refused(path, value, words):
         ("base.team", "think_sovle", ["tasks", "sums"]),
         ("tasks.sums.ood", {"digit": [1]}, ["on task 'sums'", "eval.tasks.ood.digit", "Did you mean 'digits'"]),
         ("methods.removal.set", {"credit": "shared"}, ["duplicate cells", "'shared' and 'removal'", "'sums'"]),
-        ("tasks.sums.tokens", 31, ["budget tasks.sums.tokens is 31", "at least 32"]),  # 4 problems × 4 rollouts × 2 turns
+        (
+            "tasks.sums.tokens",
+            31,
+            ["budget tasks.sums.tokens is 31", "at least 32"],
+        ),  # 4 problems × 4 rollouts × 2 turns
         ("tasks.choice.tokens", 47, ["budget tasks.choice.tokens is 47", "at least 48"]),  # 3 voters
         ("base.run", {"seed": 3}, ["base.run.seed", "the study sets this key itself"]),
         ("methods.shared.set.trainer", {"tokens": 9}, ["methods.shared.set.trainer.tokens", "the study sets this key"]),
@@ -115,7 +131,9 @@ def test_a_study_that_makes_no_sense_is_refused(path, value, words):
 def test_cells_that_cannot_run_are_refused_before_any_runs(path, value, words):
     if path == "base.team":
         with pytest.raises(UserError, match="think_sovle"):
-            check(load_study(laid_over(STUDY, {"base": {"team": value}, "tasks": {"sums": {"recipe": {"team": value}}}})))
+            check(
+                load_study(laid_over(STUDY, {"base": {"team": value}, "tasks": {"sums": {"recipe": {"team": value}}}}))
+            )
         return
     with pytest.raises(UserError) as caught:
         check(changed(path, value))
@@ -124,7 +142,8 @@ def test_cells_that_cannot_run_are_refused_before_any_runs(path, value, words):
 
 
 @pytest.mark.parametrize(
-    ("values", "word"), [([0.5, 0.5], "duplicate cells"), ([0.5, "much"], "sweeps.alpha: method 'shared' on task 'sums'")]
+    ("values", "word"),
+    [([0.5, 0.5], "duplicate cells"), ([0.5, "much"], "sweeps.alpha: method 'shared' on task 'sums'")],
 )
 def test_sweeps_are_checked_value_by_value(values, word):
     with pytest.raises(UserError, match=word):
@@ -137,7 +156,11 @@ def test_the_smallest_budget_that_holds_a_step_is_taken():
 
 def test_a_file_that_is_no_study(tmp_path):
     path = tmp_path / "s.yaml"
-    for text, word in (("a: [", "not readable as YAML"), ("- a", "a study is a mapping"), ("name: x\nname: y", "given twice")):
+    for text, word in (
+        ("a: [", "not readable as YAML"),
+        ("- a", "a study is a mapping"),
+        ("name: x\nname: y", "given twice"),
+    ):
         path.write_text(text)
         with pytest.raises(UserError, match=word):
             load_study(path)
@@ -157,7 +180,9 @@ def test_every_method_task_and_seed_has_a_cell_and_empty_ones_have_none():
     made = main_cells(study(), chosen(study()))
     found = {(c.method, c.task, c.seed) for c in made}
     headline = {(m, t, s) for m in ("shared", "removal") for t in ("sums", "choice") for s in range(3)}
-    others = {("single", "choice", s) for s in range(2)} | {("untrained", t, s) for t in ("sums", "choice") for s in range(2)}
+    others = {("single", "choice", s) for s in range(2)} | {
+        ("untrained", t, s) for t in ("sums", "choice") for s in range(2)
+    }
     assert found == headline | others
     assert len({c.id for c in made}) == len(made)
     assert [c.seed for c in made] == sorted(c.seed for c in made)  # a study that is stopped has few seeds of everything
@@ -169,7 +194,12 @@ def test_recipes_are_laid_over_one_another_in_order():
             STUDY,
             {
                 "base": {"optim": {"lr": 1, "warmup_steps": 1, "epochs": 1, "minibatches": 1}},
-                "tasks": {"choice": {"recipe": {"optim": {"warmup_steps": 2, "epochs": 2}}, "single": {"optim": {"epochs": 3}}}},
+                "tasks": {
+                    "choice": {
+                        "recipe": {"optim": {"warmup_steps": 2, "epochs": 2}},
+                        "single": {"optim": {"epochs": 3}},
+                    }
+                },
                 "methods": {"single": {"set": {"optim": {"eps": 4}}, "on": {"choice": {"optim": {"weight_decay": 5}}}}},
             },
         )
@@ -201,7 +231,11 @@ def test_another_kind_drops_the_arguments_of_the_old_one():
     assert merged == {"credit": {"kind": "ccpo_v2"}, "a": 1}
     assert laid_over({"credit": "ccpo_v1"}, {"credit": {"alpha": 2}}) == {"credit": {"kind": "ccpo_v1", "alpha": 2}}
     kept = {"credit": {"kind": "ccpo_v1", "alpha": 2}}
-    assert laid_over(kept, {"credit": {"kind": "ccpo_v1", "eta": 3}})["credit"] == {"kind": "ccpo_v1", "alpha": 2, "eta": 3}
+    assert laid_over(kept, {"credit": {"kind": "ccpo_v1", "eta": 3}})["credit"] == {
+        "kind": "ccpo_v1",
+        "alpha": 2,
+        "eta": 3,
+    }
     assert kept == {"credit": {"kind": "ccpo_v1", "alpha": 2}}
 
 
@@ -252,7 +286,12 @@ def test_a_new_epoch_makes_other_cells(monkeypatch):
 
 
 def test_a_grid_is_every_combination():
-    assert points({"a": [1, 2], "b": [3, 4]}) == [{"a": 1, "b": 3}, {"a": 1, "b": 4}, {"a": 2, "b": 3}, {"a": 2, "b": 4}]
+    assert points({"a": [1, 2], "b": [3, 4]}) == [
+        {"a": 1, "b": 3},
+        {"a": 1, "b": 4},
+        {"a": 2, "b": 3},
+        {"a": 2, "b": 4},
+    ]
     assert points({}) == []
 
 
@@ -278,7 +317,9 @@ def test_main_cells_wait_for_tuning():
 
 
 def test_a_swept_value_that_is_the_tuned_one_shares_its_cells():
-    of = study(sweeps={"rate": {"method": "shared", "task": "sums", "key": "optim.lr", "values": [1e-3, 1e-4], "seeds": 2}})
+    of = study(
+        sweeps={"rate": {"method": "shared", "task": "sums", "key": "optim.lr", "values": [1e-3, 1e-4], "seeds": 2}}
+    )
     pairs = chosen(of) | {("shared", "sums"): {"optim.lr": 1e-4}}
     (same, main), (other, _) = ((v, {c.id for c in made}) for v, made in reversed(sweep_cells(of, pairs)["rate"]))
     assert (same, other) == (1e-4, 1e-3)
@@ -307,7 +348,9 @@ def test_defaults_of_arguments_are_those_of_the_kind_that_is_used():
     drift = {"task:digit_sum.size": 7, "team:voting.k": 5}
     config = load_recipe({"task": "digit_sum", "team": "think_solve"})
     assert relied_on(drift, config) == {"task:digit_sum.size": 7}
-    assert relied_on(drift, load_recipe({"task": {"kind": "digit_sum", "size": 3}, "team": "voting"})) == {"team:voting.k": 5}
+    assert relied_on(drift, load_recipe({"task": {"kind": "digit_sum", "size": 3}, "team": "voting"})) == {
+        "team:voting.k": 5
+    }
 
 
 def test_flat():

@@ -20,7 +20,7 @@ from ccpo.compare.study import Study
 from ccpo.compare.tuning import choose
 
 PHASES = ("tune", "main", "sweep")
-POLL = 0.5
+POLL = 0.2
 REPLAN = 5.0
 GRACE = 60.0
 LOG_LINES = 12
@@ -120,8 +120,9 @@ class Runner:
                     late = (
                         self.settings.minutes is not None and time.monotonic() - started >= self.settings.minutes * 60
                     )
-                    open_cells = self.open_cells()
-                    if not (self.stops or late):
+                    free = len(self.state.running) < self.settings.jobs
+                    open_cells = self.open_cells() if free else []
+                    if free and not (self.stops or late):
                         self._start(open_cells)
                     self.watch(self.state)
                     if not self.state.running and (self.stops or late or not open_cells):
