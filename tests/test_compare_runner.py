@@ -88,6 +88,7 @@ def test_a_study_runs_whole_and_then_has_nothing_left(tmp_path):
     assert again.open_cells() == []
 
 
+@pytest.mark.slow
 def test_a_study_that_is_extended_runs_only_what_is_new(tmp_path):
     runner(study(), tmp_path).run()
     more = study(seeds=3)
@@ -96,6 +97,7 @@ def test_a_study_that_is_extended_runs_only_what_is_new(tmp_path):
     assert sorted(new) == sorted(cell_of(more, m, 2).id for m in ("shared", "removal"))
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_where_it_was(tmp_path):
     """The command is killed outright while a cell is in hand. Its worker, which needs nobody, finishes; nothing is run twice."""
     of = study({"removal": WAITS}, seeds=1)
@@ -118,6 +120,7 @@ def test_a_killed_study_goes_on_where_it_was(tmp_path):
     assert len(ran(tmp_path)) == 2
 
 
+@pytest.mark.slow
 def test_a_killed_worker_leaves_no_claim_and_its_cell_is_run_again(tmp_path):
     of = study({"shared": WAITS, "removal": WAITS}, seeds=1)
     one = runner(of, tmp_path, jobs=1)
@@ -137,6 +140,7 @@ def test_a_killed_worker_leaves_no_claim_and_its_cell_is_run_again(tmp_path):
     assert Store(tmp_path).failure(first) is None
 
 
+@pytest.mark.slow
 def test_two_commands_on_one_folder_share_the_cells(tmp_path):
     of = study()
     both = [runner(of, tmp_path, jobs=1) for _ in range(2)]
@@ -150,6 +154,7 @@ def test_two_commands_on_one_folder_share_the_cells(tmp_path):
     assert all(r.open_cells() == [] for r in both)
 
 
+@pytest.mark.slow
 def test_a_cell_that_another_process_holds_is_waited_for(tmp_path):
     of = study(seeds=1)
     one = runner(of, tmp_path)
@@ -167,6 +172,7 @@ def test_a_cell_that_another_process_holds_is_waited_for(tmp_path):
     assert cell.id not in ran(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_first_interrupt_finishes_the_cell_in_hand(tmp_path):
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]); import test_compare_runner as t\n"
@@ -189,6 +195,7 @@ def test_the_first_interrupt_finishes_the_cell_in_hand(tmp_path):
     assert len(list((tmp_path / "cells").glob("*.json"))) == 1
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_the_cell_and_records_no_failure(tmp_path):
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]); import test_compare_runner as t\n"
@@ -212,6 +219,23 @@ def test_no_cell_is_started_after_the_time_is_up(tmp_path):
     assert ran(tmp_path) == []
 
 
+@pytest.mark.slow
+def test_tuning_that_another_command_finishes_is_noticed(tmp_path):
+    """This command finds every tuning cell done by another, with none of its own left, and goes on to the results."""
+    of = study(tune={"grid": {"optim.lr": [1e-3, 1e-4]}, "seeds": [50]}, seeds=1, methods={"shared": STUDY["methods"]["shared"]})
+    one = runner(of, tmp_path, jobs=1)
+    tune = one.state.cells["tune"]
+    handles = [one.store.claim(cell) for cell in tune]
+    thread = threading.Thread(target=one.run)
+    thread.start()
+    time.sleep(0.3)
+    for cell, handle in zip(tune, handles, strict=True):
+        one.store.write(cell, made_up("sums", "shared", 50, 5000, point=cell.point))
+        os.close(handle)
+    thread.join(30)
+    assert [".s0." in name for name in ran(tmp_path)] == [True]
+
+
 # --- failures ----------------------------------------------------------------------------------------------------------------
 
 
@@ -228,6 +252,7 @@ def test_a_failed_cell_is_recorded_with_its_error_and_the_rest_goes_on(tmp_path)
     assert "1 failed" in progress_line(one, 1)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_without_a_word_is_a_failure_too(tmp_path):
     of = study({"shared": DIES}, seeds=1)
     one = runner(of, tmp_path)
@@ -237,6 +262,7 @@ def test_a_worker_that_dies_without_a_word_is_a_failure_too(tmp_path):
     assert "last words" in error
 
 
+@pytest.mark.slow
 def test_a_cell_that_takes_too_long_has_failed(tmp_path):
     of = study({"shared": WAITS}, seeds=1)
     one = runner(of, tmp_path, cell_minutes=0.01)
@@ -267,6 +293,7 @@ def tuned_study() -> Study:
     return study(tune={"grid": {"optim.lr": [1e-3, 1e-4]}, "seeds": [50, 51]}, seeds=1)
 
 
+@pytest.mark.slow
 def test_tuning_comes_first_and_decides_what_runs_next(tmp_path):
     of = study(
         tune={"grid": {"optim.lr": [1e-3, 1e-4]}, "seeds": [50]},

@@ -126,10 +126,18 @@ class Runner:
                         self._start(open_cells)
                     self.watch(self.state)
                     if not self.state.running and (self.stops or late or not open_cells):
-                        return not open_cells
+                        more = self._more_after_tuning()
+                        if not more or self.stops or late:
+                            return not more
                     time.sleep(POLL)
             finally:
                 self._end_all()
+
+    def _more_after_tuning(self) -> bool:
+        """Whether tuning cells that another process has finished meanwhile lead to further cells."""
+        if self.state.waiting:
+            self.plan()
+        return bool(self.open_cells())
 
     def _start(self, open_cells: Sequence[Cell]) -> None:
         for cell in open_cells:
