@@ -222,7 +222,11 @@ def test_no_cell_is_started_after_the_time_is_up(tmp_path):
 @pytest.mark.slow
 def test_tuning_that_another_command_finishes_is_noticed(tmp_path):
     """This command finds every tuning cell done by another, with none of its own left, and goes on to the results."""
-    of = study(tune={"grid": {"optim.lr": [1e-3, 1e-4]}, "seeds": [50]}, seeds=1, methods={"shared": STUDY["methods"]["shared"]})
+    of = study(
+        tune={"grid": {"optim.lr": [1e-3, 1e-4]}, "seeds": [50]},
+        seeds=1,
+        methods={"shared": STUDY["methods"]["shared"]},
+    )
     one = runner(of, tmp_path, jobs=1)
     tune = one.state.cells["tune"]
     handles = [one.store.claim(cell) for cell in tune]

@@ -95,6 +95,8 @@ def _credit_panel(axis: Any, entry: Entry, agents: Sequence[str]) -> None:
 def lazy_agents(summary: Summary) -> Any:
     """Accuracy of the trained team, and with each agent's messages blank (the lazy-agent test of arXiv 2603.21563, Table 3). An agent
     without which every team has 0, as one that decides alone, is left out."""
+    from matplotlib.transforms import ScaledTranslation
+
     rows = []
     for task in shown_tasks(summary):
         found = [
@@ -123,8 +125,11 @@ def lazy_agents(summary: Summary) -> Any:
             )
         axis.set(title=summary.study.task_label(task), xlim=(0, 1.0), xlabel="accuracy")
         method_rows(axis, summary, [m for m, _ in found], labels=True)
+        below = axis.transAxes + ScaledTranslation(
+            0, -0.42, figure.dpi_scale_trans
+        )  # under the label, however high the panel is
         axis.legend(
-            fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22 if most < 12 else -0.12), ncols=3
+            fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=3
         )
     return figure
 
