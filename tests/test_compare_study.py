@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from ccpo.compare import cells
 from ccpo.compare.cells import check, main_cells, make_cell, points, recipe_of, setup_of, sweep_cells, tune_cells
 from ccpo.compare.drift import drifted, flat, present_defaults, relied_on
 from ccpo.compare.merge import at, laid_over
-from ccpo.compare.study import Study, load_study, shipped_studies
+from ccpo.compare.study import ExamSpec, MethodSpec, Study, SweepSpec, TaskSpec, TuneSpec, load_study, shipped_studies
 from ccpo.config import load_recipe
 from ccpo.errors import UserError
 
@@ -355,3 +357,16 @@ def test_defaults_of_arguments_are_those_of_the_kind_that_is_used():
 
 def test_flat():
     assert flat({"a": {"b": {"c": 1}, "d": {}}, "e": [1]}) == {"a.b.c": 1, "a.d": {}, "e": [1]}
+
+
+# --- the document ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_document_has_every_key():
+    text = (Path(__file__).parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
+    said = set(re.findall(r"`([\w.]+)`", "\n".join(line for line in text.splitlines() if line.startswith("| `"))))
+    nested = {"tasks": ("T", TaskSpec), "methods": ("M", MethodSpec), "sweeps": ("S", SweepSpec)}
+    keys = set(Study.model_fields) - set(nested) - {"tune"} | {f"tune.{key}" for key in TuneSpec.model_fields}
+    keys |= {f"{section}.{letter}.{key}" for section, (letter, spec) in nested.items() for key in spec.model_fields}
+    keys |= set(ExamSpec.model_fields)
+    assert said == keys

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
-from ccpo.compare.markdown import cell_text, table
+from ccpo.compare.markdown import cell_text, number, table
 from ccpo.compare.stats import DROP, RESAMPLES
 from ccpo.compare.summary import Summary
 
@@ -15,7 +15,8 @@ def machine_line(summary: Summary) -> str:
     runs = summary.every_run
     if not runs:
         return "No cell has a result yet."
-    hours = math.fsum(run["seconds"]["wall"] for run in runs) / 3600
+    minutes = math.fsum(run["seconds"]["wall"] for run in runs) / 60
+    time = f"{minutes / 60:.1f} hours" if minutes >= 90 else f"{minutes:.0f} minutes"
     machines = Counter(f"{run['machine']['cpu']}, {run['machine']['threads']} thread(s) a cell" for run in runs)
     versions = Counter(
         ", ".join(f"{k} {run['versions'][k]}" for k in ("ccpo", "torch", "transformers") if k in run["versions"])
@@ -23,7 +24,7 @@ def machine_line(summary: Summary) -> str:
     )
     tokens = sum(run["tokens"]["total"] for run in runs)
     return (
-        f"{len(runs)} runs, {tokens / 1e6:.1f} million generated tokens in training, {hours:.1f} hours of one core in all "
+        f"{len(runs)} runs, {number(tokens)} generated tokens in training, {time} of one core in all "
         f"({'; '.join(machines)}; {'; '.join(versions)})."
     )
 
