@@ -297,6 +297,26 @@ def tuned_study() -> Study:
     return study(tune={"grid": {"optim.lr": [1e-3, 1e-4]}, "seeds": [50, 51]}, seeds=1)
 
 
+def test_the_headline_pair_comes_first_and_sweeps_last(tmp_path):
+    methods = STUDY["methods"] | {"own": {"set": {"credit": "own"}}, "v2": {"set": {"credit": "ccpo_v2"}}}
+    sweep = {"rate": {"method": "own", "task": "sums", "key": "optim.eps", "values": [1e-6], "seeds": 1}}
+    tune = {"grid": {"optim.lr": [1e-3, 1e-4]}, "seeds": [50]}
+    of = study(methods=methods, headline=["own", "v2"], tune=tune, sweeps=sweep, seeds=1)
+    store = Store(tmp_path)
+    fill(store, of, {})
+    for path in store.cells.glob("*.s0.*"):
+        path.unlink()
+    for path in store.cells.glob("*.removal.s50.*"):
+        path.unlink()
+    one = runner(of, tmp_path)
+    order = [(cell.method, cell.seed, "optim.eps" in cell.point) for cell in one.open_cells()]
+    pair = [("own", 0, False), ("v2", 0, False)]
+    rest = [("removal", 50, False), ("removal", 50, False), ("shared", 0, False)]
+    assert order[:2] == pair
+    assert order[2:5] == rest
+    assert order[5:] == [("own", 0, True)]
+
+
 @pytest.mark.slow
 def test_tuning_comes_first_and_decides_what_runs_next(tmp_path):
     of = study(

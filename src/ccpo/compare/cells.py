@@ -68,16 +68,23 @@ def tune_cells(study: Study) -> dict[tuple[str, str], list[tuple[Point, list[Cel
 
 
 def main_cells(study: Study, chosen: Chosen) -> list[Cell]:
-    """Seeds outermost, so that a study that is stopped has every method at few seeds rather than few methods at every seed."""
-    pairs = study.applies()
-    most = max(len(study.seeds_of(method)) for method in study.methods)
+    """The headline pair first. Within it, and within the rest, seeds outermost, so that a study that is stopped has every method at few
+    seeds rather than few methods at every seed."""
     cells = []
-    for place in range(most):
-        for method, task in pairs:
-            seeds, point = study.seeds_of(method), chosen[method, task]
-            if place < len(seeds) and point is not None:
-                cells.append(make_cell(study, method, task, seeds[place], point))
+    for pairs in by_headline(study):
+        most = max((len(study.seeds_of(method)) for method, _ in pairs), default=0)
+        for place in range(most):
+            for method, task in pairs:
+                seeds, point = study.seeds_of(method), chosen[method, task]
+                if place < len(seeds) and point is not None:
+                    cells.append(make_cell(study, method, task, seeds[place], point))
     return cells
+
+
+def by_headline(study: Study) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(method, task) of the headline pair, and of the rest."""
+    first = [pair for pair in study.applies() if pair[0] in (study.headline or ())]
+    return first, [pair for pair in study.applies() if pair not in first]
 
 
 def sweep_cells(study: Study, chosen: Chosen) -> dict[str, list[tuple[Any, list[Cell]]]]:
@@ -112,7 +119,7 @@ def make_cell(study: Study, method: str, task: str, seed: int, point: Point, swe
     data = laid_over(data, {"run": {"seed": seed, "threads": 1}})
     config = load_recipe(data)
     ood = ood_part(study, task, data)
-    exam = study.exam.model_dump()
+    exam = study.exam.of(single=study.methods[method].single)
     shaping = config.model_dump(exclude_unset=True, exclude={"run": {"name", "dir", "overwrite"}, "log": True})
     identity = json.dumps([EPOCH, shaping, ood, exam, relied_on(study.drift, config)], sort_keys=True, default=str)
     return Cell(

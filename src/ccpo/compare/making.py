@@ -60,8 +60,9 @@ def how_made(summary: Summary, command: str) -> str:
     budgets = cell_text("; ".join(f"{study.task_label(t)} {spec.tokens:,}" for t, spec in study.tasks.items()))
     lines = [
         f"**Budget**: all sampled tokens count, counterfactual and rating turns included: {budgets}. A run ends with the step that reaches it.",
-        f"**Final accuracy**: mean reward of the last weights on {exam.problems} problems × {exam.samples} sample(s), temperature "
-        f"{exam.temperature:g}.",
+        f"**Final accuracy**: mean reward of the last weights on {exam.problems} problems × {exam.samples} sample(s)"
+        + (f", of a single agent × {exam.votes}," if exam.votes else "")
+        + f" at temperature {exam.temperature:g}.",
         "**Estimates** are interquartile means over runs (a quarter cut off at each end, rounded down) with 95% percentile bootstrap "
         f"intervals over seeds, stratified by task where several are pooled, {RESAMPLES} resamples (arXiv 2108.13264).",
         "**P(wins)**, **P(better)**: the probability that a run of one method ends above a run of the other, ties one half, averaged over "

@@ -97,14 +97,17 @@ class Runner:
         self.state.waiting = [pair for pair, point in chosen.items() if point is None]
 
     def open_cells(self) -> list[Cell]:
-        """Cells that are wanted and have neither a result nor a failure that stands."""
+        """Cells that are wanted and have neither a result nor a failure that stands: the headline pair's tuning and results first, then those
+        of the rest, then sweeps."""
+        headline = self.study.headline or ()
         mine = {r.cell.id for r in self.state.running}
-        return [
-            cell
+        wanted = [
+            (phase == "sweep", cell.method not in headline, cell)
             for phase in self.settings.phases
             for cell in self.state.cells[phase]
             if self.settings.only(cell) and cell.id not in mine and self.result(cell) is None and not self.failed(cell)
         ]
+        return [cell for *_, cell in sorted(wanted, key=lambda found: found[:2])]
 
     # --- the run -----------------------------------------------------------------------------------------------------------
 

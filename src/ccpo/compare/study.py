@@ -81,8 +81,16 @@ class ExamSpec(Section):
 
     problems: int = Field(500, ge=1)
     samples: int = Field(1, ge=1)
+    votes: int | None = Field(
+        None, ge=1, description="samples of a single agent, for its majority vote; default: samples"
+    )
     temperature: float = Field(1.0, ge=0)
-    ablations: bool = True
+    ablations: bool = Field(True, description="removing agents, one sample each")
+
+    def of(self, *, single: bool) -> dict[str, Any]:
+        """The exam of a team's cell, or of a single agent's."""
+        found = self.model_dump(exclude={"votes"})
+        return found | ({"samples": self.votes} if single and self.votes else {})
 
 
 class TuneSpec(StudySection):

@@ -79,8 +79,14 @@ def run_cell(cell: Cell, run: Path, clock: float) -> dict[str, Any]:
         )
     started = time.monotonic()
     crew = _crew(setup, run, paths)
-    exam = Exam(**cell.exam, seed=config.run.seed)
-    final = exam_record(evaluate(setup.team, setup.tests, crew.voices(), setup.limits, exam))
+    exam = Exam(**cell.exam | {"ablations": False}, seed=config.run.seed)
+    reports = evaluate(setup.team, setup.tests, crew.voices(), setup.limits, exam)
+    if cell.exam["ablations"]:  # many samples are for votes; agents are removed from one sample a problem
+        removed = evaluate(
+            setup.team, setup.tests, crew.voices(), setup.limits, replace(exam, samples=1, ablations=True)
+        )
+        reports = {name: removed[name] | report for name, report in reports.items()}
+    final = exam_record(reports)
     seconds = record["seconds"] | {"exam": round(time.monotonic() - started, 2), "base": round(base_seconds, 2)}
     return {
         **{key: getattr(cell, key) for key in ("task", "method", "seed", "point")},
