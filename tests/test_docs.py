@@ -20,6 +20,8 @@ import typer
 import ccpo
 from ccpo.build import build_part
 from ccpo.cli import app
+from ccpo.compare.cells import check
+from ccpo.compare.study import load_study
 from ccpo.config import Part, RunConfig, load_recipe
 from ccpo.credit import ESTIMATORS, RULES, CCPOv1, RemovalCredit, SharedReward
 from ccpo.losses import LOSSES
@@ -121,6 +123,8 @@ def test_a_command_parses_and_its_recipe_and_settings_are_valid(where: str, word
         config = load_recipe(given["recipe"], given["set"] or ())  # raises for a recipe or key that is not there
         build_part(RULES, config.credit, "credit")
         build_part(TEAMS, config.team, "team")
+    if given.get("study") and given["study"] != "study.yaml":
+        check(load_study(given["study"]))
 
 
 def test_the_check_of_commands_can_fail():
@@ -156,7 +160,11 @@ def test_examples_are_marked():
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=at)
 def test_yaml_is_part_of_a_valid_recipe(block: Block):
-    config = load_recipe(parse_yaml(block.text))
+    data = parse_yaml(block.text)
+    if "methods" in data:
+        check(load_study(data))
+        return
+    config = load_recipe(data)
     build_part(TEAMS, config.team, "team")
     build_part(RULES, config.credit, "credit")
     for part in [config.task, *config.eval.tasks.values()]:

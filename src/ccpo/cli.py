@@ -1,4 +1,4 @@
-"""The command line: ``ccpo train | eval | chat | doctor | recipes``. It parses, wires and prints; nothing imports it."""
+"""The command line: ``ccpo train | eval | chat | compare | doctor | recipes``. It parses, wires and prints; nothing imports it."""
 
 from __future__ import annotations
 
@@ -109,6 +109,44 @@ def chat(
     with progress_note("loading"):
         rollout = ask(run, question, temperature=temperature, seed=seed)
     conversation(rollout)
+
+
+@app.command()
+def compare(
+    study: Annotated[str, typer.Argument(help="a study's file, or the name of a shipped one: short")],
+    jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="cells that run at once, one core each")] = 1,
+    folder: Annotated[Path | None, typer.Option(help="the study's folder; default: runs/study-NAME")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="run only these: method=…, task=…, seed=…")
+    ] = None,
+    phase: Annotated[list[str] | None, typer.Option(help="run only this: tune, main, sweep")] = None,
+    max_minutes: Annotated[float | None, typer.Option(min=0, help="start no cell after so many minutes")] = None,
+    cell_minutes: Annotated[float | None, typer.Option(min=0.01, help="a cell that takes longer has failed")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run failed cells again")] = False,
+    keep_runs: Annotated[bool, typer.Option("--keep-runs", help="keep the run folder of each cell")] = False,
+    listing: Annotated[bool, typer.Option("--list", help="show what would run and what it costs; run nothing")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="run nothing; write results, figures and page again")
+    ] = False,
+    results: Annotated[Path | None, typer.Option(help="take over the cells of this results file")] = None,
+    page: Annotated[Path | None, typer.Option(help="write the page here, its figures and results beside it")] = None,
+) -> None:
+    """Compare methods on tasks at equal generated tokens. Stop it and start it again as you like, in several processes too."""
+    from ccpo.compare.command import Options
+    from ccpo.compare.command import compare as run_study
+    from ccpo.compare.runner import PHASES, Settings
+
+    settings = Settings(
+        jobs=jobs,
+        minutes=max_minutes,
+        cell_minutes=cell_minutes,
+        phases=phase or PHASES,
+        retry_failed=retry_failed,
+        keep_runs=keep_runs,
+    )
+    options = Options(folder=folder, results=results, page=page, report=report, listing=listing, only=only or ())
+    if not run_study(study, options, settings) and not (listing or report):
+        raise typer.Exit(1)
 
 
 @app.command()

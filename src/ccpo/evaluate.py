@@ -33,9 +33,9 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """A report for each data set.
 
-    ``team``: mean reward with its 95% interval; ``pass@k``, ``majority@k`` for k = 1, 2, 4, … up to the samples; ``alone``: each
-    agent by itself; ``without``: the team with an agent's messages dropped, and ``blank``: with them empty (the lazy-agent test of
-    arXiv 2603.21563, Table 3). Raises UserError for an empty data set.
+    ``team``: mean reward with its 95% interval; ``tokens``: generated tokens of one joint play; ``pass@k``, ``majority@k`` for
+    k = 1, 2, 4, … up to the samples; ``alone``: each agent by itself; ``without``: the team with an agent's messages dropped, and
+    ``blank``: with them empty (the lazy-agent test of arXiv 2603.21563, Table 3). Raises UserError for an empty data set.
     """
     heard = {agent: _speaking(voice, exam) for agent, voice in voices.items()}
     reports = {}
@@ -72,6 +72,7 @@ def _report(
         "problems": len(problems),
         "samples": exam.samples,
         "team": interval(joint.reward_PN.mean(1).tolist()),
+        "tokens": joint.tokens["joint"] / (len(problems) * exam.samples),
     }
     ks = [2**i for i in range(exam.samples.bit_length()) if 2**i <= exam.samples]
     solved = [int(c) for c in (joint.reward_PN >= SOLVED).sum(1)]
