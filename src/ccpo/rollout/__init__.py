@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from ccpo.rollout.cache import CounterfactualCache
 from ccpo.rollout.episodes import SCHEMA, read_episodes, write_episodes
 from ccpo.rollout.play import PlayWalker
+from ccpo.rollout.replay import replay_turn
 from ccpo.rollout.tree import Tree, plant
 from ccpo.rollout.voices import Limits, Sampling, Voice
 from ccpo.rollout.walk import Ask, Played, Walker
@@ -56,5 +57,6 @@ __all__ = [
     "plant",
     "play_team",
     "read_episodes",
+    "replay_turn",
     "write_episodes",
 ]

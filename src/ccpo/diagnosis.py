@@ -1,0 +1,137 @@
+"""``ccpo diagnose``: opens a run or a recipe and hands its team to the probes of :mod:`ccpo.diagnose`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccpo import credit as credit_rules
+from ccpo.build import Setup, build_part, prepare
+from ccpo.config import Part, RunConfig, load_recipe
+from ccpo.crew import DTYPES, Crew
+from ccpo.diagnose import Contender, Effort, Subject, probe_variance
+from ccpo.errors import UserError, nearest
+from ccpo.learner.logprobs import compute_dtype
+from ccpo.learner.objective import Objective
+from ccpo.rollout import Voice
+from ccpo.runfolder import RunFolder
+from ccpo.runs import Reporter, load_crew, model_paths, open_setup
+from ccpo.teams import PlayTeam
+
+Note = Callable[[str], None]
+
+
+def variance(
+    source: str | Path,
+    *,
+    rules: Sequence[str] = (),
+    advantage: str | None = None,
+    overrides: Sequence[str] = (),
+    effort: Effort = Effort(),
+    note: Note = lambda text: None,
+    **objects: Any,
+) -> dict[str, Any]:
+    """The report of :func:`ccpo.diagnose.probe_variance` on a run's newest checkpoint, or on a recipe as it starts.
+
+    ``rules``: names of credit rules, each with an estimator if wanted (``removal/none``); default: shared reward, the recipe's
+    rule and those that cost nothing more. ``advantage``: the estimator of those without. ``objects``: as for
+    :func:`ccpo.train`. Raises UserError for the user's mistakes, before any model is loaded where that can be known.
+    """
+    setup, folder = open_source(source, overrides, **objects)
+    rivals = contenders(setup, rules, advantage)
+    return probe_variance(load_subject(str(source), setup, folder, note), rivals, effort, note)
+
+
+def open_source(source: str | Path, overrides: Sequence[str] = (), **objects: Any) -> tuple[Setup, RunFolder | None]:
+    """The setup of a run's folder, or of a recipe (then there is no folder)."""
+    if Path(source).is_dir():
+        folder = RunFolder(source)
+        return open_setup(folder, overrides=overrides, **objects), folder
+    return prepare(load_recipe(source, overrides), **objects), None
+
+
+def load_subject(name: str, setup: Setup, folder: RunFolder | None, note: Note = lambda text: None) -> Subject:
+    """The team with its weights: those of the run's newest checkpoint, or those that the recipe starts from."""
+    config = setup.config
+    if config.run.threads is not None:
+        torch.set_num_threads(config.run.threads)
+    reporter = Reporter()
+    reporter.note = note
+    if folder is None:
+        crew = Crew(setup, model_paths(setup, reporter)[0], train=False)
+    else:
+        crew, _ = load_crew(setup, folder)
+    return Subject(
+        name=name,
+        team=setup.team,
+        task=setup.task,
+        voices=crew.voices(),
+        policies=crew.policies,
+        objective=_objective(config),
+        active=setup.schedule.agents,
+        prompts=config.rollout.prompts,
+        samples=config.rollout.samples,
+        draws=config.rollout.draws,
+        limits=setup.limits,
+        removal=setup.removal,
+        placeholder=config.rollout.placeholder,
+        frozen=_frozen(setup, crew, folder, reporter) if config.rollout.removal == "frozen" else {},
+        seed=config.run.seed,
+        compute=DTYPES[config.model.compute]
+        or (torch.float32 if crew.device.type == "cpu" else compute_dtype(crew.device)),
+    )
+
+
+def _frozen(setup: Setup, crew: Crew, folder: RunFolder | None, reporter: Reporter) -> dict[str, Voice]:
+    """The voices of the policies as the run started: what removal by ``frozen`` puts in an agent's place."""
+    start = crew if folder is None else Crew(setup, model_paths(setup, reporter)[0], train=False)
+    return {agent: replace(voice, policy=f"{voice.policy}@start") for agent, voice in start.voices().items()}
+
+
+def _objective(config: RunConfig) -> Objective:
+    """The recipe's policy loss alone: KL and entropy are no part of the credit's gradient."""
+    loss = config.loss
+    return Objective(
+        loss=loss.kind,
+        clip_low=loss.clip_low,
+        clip_high=loss.clip_high,
+        dual_clip=loss.dual_clip,
+        aggregate=loss.aggregate,
+        constant=loss.constant,
+        ratio_over=loss.ratio_over,
+    )
+
+
+def contenders(setup: Setup, names: Sequence[str], advantage: str | None = None) -> list[Contender]:
+    """The rules of ``names``. The recipe's own rule keeps its settings, others have their defaults."""
+    return [_contender(setup, name, advantage) for name in names or _default(setup)]
+
+
+def _default(setup: Setup) -> list[str]:
+    """Shared reward first; then what the graph offers without ratings; the recipe's rule last."""
+    offered = ["shared", "removal", "auto"]
+    if setup.team.decider is None and not isinstance(setup.team, PlayTeam):
+        offered.insert(2, "own")
+    own = setup.config.credit.kind
+    return (
+        [*(name for name in offered if name in credit_rules.RULES and name != own), own] if own != "shared" else offered
+    )
+
+
+def _contender(setup: Setup, name: str, advantage: str | None) -> Contender:
+    kind, _, estimator = name.rpartition("/") if name.rpartition("/")[2] in credit_rules.ESTIMATORS else (name, "", "")
+    if kind == setup.config.credit.kind:
+        rule = setup.rule
+    else:
+        rule = build_part(credit_rules.RULES, Part(kind=kind), "rules")
+    estimator = estimator or advantage or setup.config.advantage
+    if estimator == "auto":
+        estimator = getattr(rule, "estimator", "grpo")
+    if estimator not in credit_rules.ESTIMATORS:
+        known = credit_rules.ESTIMATORS
+        raise UserError(f"advantage is {estimator!r}; it is one of {', '.join(known)}.{nearest(estimator, known)}")
+    return Contender(name=name, rule=rule, estimator=estimator)
