@@ -31,7 +31,7 @@ def variance(
     rules: Sequence[str] = (),
     advantage: str | None = None,
     overrides: Sequence[str] = (),
-    effort: Effort = Effort(),
+    effort: Effort | None = None,
     note: Note = lambda text: None,
     **objects: Any,
 ) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def variance(
     """
     setup, folder = open_source(source, overrides, **objects)
     rivals = contenders(setup, rules, advantage)
-    return probe_variance(load_subject(str(source), setup, folder, note), rivals, effort, note)
+    return probe_variance(load_subject(str(source), setup, folder, note), rivals, effort or Effort(), note)
 
 
 def open_source(source: str | Path, overrides: Sequence[str] = (), **objects: Any) -> tuple[Setup, RunFolder | None]:

@@ -10,6 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 SAME = 0.9995  # a correlation that is shown as 1
+LEGEND = (
+    "s/n: signal-to-noise of the gradient in 1,000 generated tokens; × shared: the same over shared reward's; bias: distance from the "
+    "gradient of the expected reward at the best scale; corr: of advantages with shared reward's; fidelity: rank correlation with "
+    "what the texts were worth when replayed."
+)
 
 
 def variance_tables(report: Mapping[str, Any], console: Console | None = None) -> None:
@@ -24,14 +29,7 @@ def variance_tables(report: Mapping[str, Any], console: Console | None = None) -
     console.print(_costs(rules))
     for agent in dict.fromkeys(agent for rule in rules.values() for agent in rule["agents"]):
         console.print(_agent(agent, rules))
-    console.print(
-        "s/n: signal-to-noise of the gradient in 1,000 generated tokens; × shared: the same\n"
-        "over shared reward's; bias: distance from the gradient of the expected reward at\n"
-        "the best scale; corr: of advantages with shared reward's; fidelity: rank\n"
-        "correlation with what the texts were worth when replayed.",
-        style="dim",
-        highlight=False,
-    )
+    console.print(LEGEND, style="dim", highlight=False)
     if report["influence"]:
         console.print(_influence(report["influence"]))
     for line in sentences(report):
@@ -40,7 +38,10 @@ def variance_tables(report: Mapping[str, Any], console: Console | None = None) -
 
 def sentences(report: Mapping[str, Any]) -> list[str]:
     """What the tables do not say: the test of Lemma A.1, how exact the projection is, how sure the truth."""
-    lines = [_lemma(agent, found) for agent, found in report["lemma"].items()]
+    lines = [
+        _baseline(agent, found) for agent, found in report["baseline"].items() if found["best"]["value"] is not None
+    ]
+    lines += [_lemma(agent, found) for agent, found in report["lemma"].items()]
     errors = [
         abs(agent["norm_sketch"] / agent["norm_exact"] - 1)
         for rule in report["rules"].values()
@@ -58,6 +59,15 @@ def sentences(report: Mapping[str, Any]) -> list[str]:
                 "is understated; raise --truth."
             )
     return lines
+
+
+def _baseline(agent: str, found: Mapping[str, Any]) -> str:
+    line = f"{agent}: the best constant baseline is {_number(found['best'])}, the mean reward {found['mean']:.2f}"
+    if found["change"] is None or found["change"]["value"] is None:
+        return line + "."
+    value, error = found["change"]["value"], found["change"]["error"]
+    size = f"{value:+.0%}" if error is None else f"{value:+.0%} ± {error:.0%}"
+    return f"{line}; raw removal credit changes the gradient's second moment by {size}."
 
 
 def _lemma(agent: str, found: Mapping[str, Any]) -> str:

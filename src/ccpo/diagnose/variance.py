@@ -17,6 +17,7 @@ from torch import Tensor
 from ccpo.credit import SharedReward
 from ccpo.credit.telemetry import correlation
 from ccpo.diagnose import moments
+from ccpo.diagnose.baseline import baseline, weighted_sums
 from ccpo.diagnose.fidelity import Truth, fidelity, measure_truth
 from ccpo.diagnose.gradients import BUCKETS, Scores, Sketch, exact_gradient
 from ccpo.diagnose.influence import measure_influence
@@ -94,6 +95,7 @@ def probe_variance(
         "buckets": effort.buckets,
         "rules": {c.name: probe.report(c.name, truth) for c in contenders},
         "truth": _truth_report(subject, truth, len(probe.groups)),
+        "baseline": probe.baselines(),
         "lemma": lemma,
         "influence": [edge.to_json() for edge in influence],
         "seconds": round(time.monotonic() - started, 1),
@@ -115,6 +117,8 @@ class _Probe:
             name: Sketch(subject.policies[name], buckets=effort.buckets, seed=subject.seed) for name in names
         }
         self.groups: list[Group] = []
+        self.rewards: list[Tensor] = []
+        self.sums: dict[str, list[Tensor]] = {}
         self.without_QJ: dict[str, list[Tensor]] = {}
         self.shared_QJ: dict[str, list[Tensor]] = {}
 
@@ -135,7 +139,7 @@ class _Probe:
         scores.learn(turn for p in paid.values() for turns in p.turns.values() for turn in turns)
         for name, record in self.records.items():
             self._keep(record, paid[name], played, scores, exact=number - self.effort.warm < self.effort.exact)
-        self._covariances(played, scores)
+        self._agents(played, scores)
         missing = self.effort.problems - len(self.groups)
         self.groups += played.groups[: max(0, missing)]
 
@@ -163,14 +167,11 @@ class _Probe:
         sketched_J = self.sketches[policy.name](gradient)
         return norm2, float(gradient_J.square().sum()), float((sketched_J - gradient_J).square().sum())
 
-    def _covariances(self, played: Played, scores: Scores) -> None:
+    def _agents(self, played: Played, scores: Scores) -> None:
+        """What does not hang on a rule: how an agent's scores go with the reward, and with the reward without it."""
         P, N = played.reward_PN.shape
+        self.rewards.append(played.reward_PN)
         for agent in self.subject.active:
-            if N < 2 or agent == self.subject.team.decider or (agent,) not in played.without:
-                continue
-            without_PN = paired_draws(played.without[(agent,)], N)
-            if without_PN is None:
-                continue
             score_PNJ = torch.stack(
                 [
                     scores.of(own).sum(0) if (own := [t for t in r.turns if t.agent == agent]) else self._zero()
@@ -178,8 +179,14 @@ class _Probe:
                     for r in g.rollouts
                 ]
             ).reshape(P, N, -1)
-            self.without_QJ.setdefault(agent, []).append(covariance(score_PNJ, without_PN))
-            self.shared_QJ.setdefault(agent, []).append(covariance(score_PNJ, played.reward_PN))
+            removed = agent != self.subject.team.decider and (agent,) in played.without
+            without_PXM = played.without[(agent,)] if removed else None
+            without_PN = None if without_PXM is None else without_PXM.mean(2).expand(P, N)
+            self.sums.setdefault(agent, []).append(weighted_sums(score_PNJ, played.reward_PN, without_PN))
+            drawn_PN = None if without_PXM is None else paired_draws(without_PXM, N)
+            if drawn_PN is not None:
+                self.without_QJ.setdefault(agent, []).append(covariance(score_PNJ, drawn_PN))
+                self.shared_QJ.setdefault(agent, []).append(covariance(score_PNJ, played.reward_PN))
 
     def _zero(self) -> Tensor:
         return torch.zeros(self.effort.buckets, dtype=torch.float64)
@@ -223,6 +230,14 @@ class _Probe:
         products = Products.of(gradient_BJ, torch.stack(shared.gradient[agent]))
         found = jackknife(moments.ratio2, products)
         return found.scaled(sum(shared.tokens) / len(shared.tokens) / tokens).root()
+
+    def baselines(self) -> dict[str, Any]:
+        mean = float(torch.cat(self.rewards).double().mean())
+        found = {}
+        for agent, sums in self.sums.items():
+            removed = agent != self.subject.team.decider and (agent,) in self.coalitions
+            found[agent] = baseline(sums, mean, removed=removed).to_json()
+        return found
 
     def lemma(self) -> dict[str, Any]:
         found: dict[str, Any] = {}
