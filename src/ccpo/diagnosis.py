@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from ccpo.runs import Reporter, load_crew, model_paths, open_setup
 from ccpo.teams import PlayTeam
 
 Note = Callable[[str], None]
+Source = str | Path | Mapping[str, Any]
+"""A run's folder, or a recipe: a file, a shipped recipe's name, a mapping."""
 
 
 def variance(
-    source: str | Path,
+    source: Source,
     *,
     rules: Sequence[str] = (),
     advantage: str | None = None,
@@ -43,18 +45,18 @@ def variance(
     """
     setup, folder = open_source(source, overrides, **objects)
     rivals = contenders(setup, rules, advantage)
-    return probe_variance(load_subject(str(source), setup, folder, note), rivals, effort or Effort(), note)
+    return probe_variance(load_subject(setup, folder, note), rivals, effort or Effort(), note)
 
 
-def open_source(source: str | Path, overrides: Sequence[str] = (), **objects: Any) -> tuple[Setup, RunFolder | None]:
+def open_source(source: Source, overrides: Sequence[str] = (), **objects: Any) -> tuple[Setup, RunFolder | None]:
     """The setup of a run's folder, or of a recipe (then there is no folder)."""
-    if Path(source).is_dir():
+    if not isinstance(source, Mapping) and Path(source).is_dir():
         folder = RunFolder(source)
         return open_setup(folder, overrides=overrides, **objects), folder
     return prepare(load_recipe(source, overrides), **objects), None
 
 
-def load_subject(name: str, setup: Setup, folder: RunFolder | None, note: Note = lambda text: None) -> Subject:
+def load_subject(setup: Setup, folder: RunFolder | None, note: Note = lambda text: None) -> Subject:
     """The team with its weights: those of the run's newest checkpoint, or those that the recipe starts from."""
     config = setup.config
     if config.run.threads is not None:
@@ -66,7 +68,7 @@ def load_subject(name: str, setup: Setup, folder: RunFolder | None, note: Note =
     else:
         crew, _ = load_crew(setup, folder)
     return Subject(
-        name=name,
+        name=str(folder.path) if folder is not None else f"{config.run.name} at its start",
         team=setup.team,
         task=setup.task,
         voices=crew.voices(),
@@ -107,19 +109,21 @@ def _objective(config: RunConfig) -> Objective:
 
 
 def contenders(setup: Setup, names: Sequence[str], advantage: str | None = None) -> list[Contender]:
-    """The rules of ``names``. The recipe's own rule keeps its settings, others have their defaults."""
-    return [_contender(setup, name, advantage) for name in names or _default(setup)]
+    """The rules of ``names``. The recipe's own rule keeps its settings, others have their defaults. Raises UserError for an unknown
+    rule or estimator, and for a name given twice."""
+    chosen = list(names or _default(setup))
+    twice = next((name for name in chosen if chosen.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"rule {twice!r} is named twice; name each once, or with different estimators: {twice}/none")
+    return [_contender(setup, name, advantage) for name in chosen]
 
 
 def _default(setup: Setup) -> list[str]:
-    """Shared reward first; then what the graph offers without ratings; the recipe's rule last."""
-    offered = ["shared", "removal", "auto"]
-    if setup.team.decider is None and not isinstance(setup.team, PlayTeam):
-        offered.insert(2, "own")
+    """Shared reward first, then what the graph offers, then the recipe's rule."""
+    votes = setup.team.decider is None and not isinstance(setup.team, PlayTeam)
+    offered = ["shared", "removal", *(["own"] if votes else []), "auto", setup.config.credit.kind]
     own = setup.config.credit.kind
-    return (
-        [*(name for name in offered if name in credit_rules.RULES and name != own), own] if own != "shared" else offered
-    )
+    return list(dict.fromkeys(name for name in offered if name in credit_rules.RULES or name == own))
 
 
 def _contender(setup: Setup, name: str, advantage: str | None) -> Contender:

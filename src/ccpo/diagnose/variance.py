@@ -278,7 +278,7 @@ def _check(subject: Subject, contenders: Sequence[Contender]) -> None:
     names = [c.name for c in contenders]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
-        raise UserError(f"rule {twice!r} is named twice; name each once, or with different estimators: shared/none")
+        raise UserError(f"contender {twice!r} is named twice; give each a name of its own")
     if not names:
         raise UserError("there is no rule to probe; name at least one")
     if not subject.active:
