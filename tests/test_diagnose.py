@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from bandits import LETTERS, Bandit, Bigram, bandits
-from ccpo.credit import CCPOv1, RemovalCredit, SharedReward
+from ccpo.credit import AutoCredit, CCPOv1, RemovalCredit, ReplayCredit, SharedReward
 from ccpo.diagnose import Contender, Effort, probe_variance
+from ccpo.diagnose.contenders import coefficients, credit_inputs, pay
 from ccpo.diagnose.fidelity import fidelity, measure_truth
 from ccpo.diagnose.gradients import Scores, Sketch, exact_gradient
 from ccpo.diagnose.influence import measure_influence
-from ccpo.diagnose.payments import coefficients, credit_inputs, pay
 from ccpo.errors import UserError
-from ccpo.learner import Policy
+from ccpo.learner import Policy, TrainRow
 from ccpo.learner.objective import Objective
 from ccpo.losses import AGGREGATES, LOSSES
+from ccpo.pay import Payroll
 from ccpo.rollout import replay_turn
 from ccpo.teams import PlayTeam, Team, TurnSpec, think_solve, voting
 from ccpo.teams.decisions import LastTurn
@@ -65,9 +66,12 @@ def leave_one_out(found: Game, problems: int) -> tuple[float, float]:
     return plain(pairs, reward, problems)
 
 
-def rule(name: str) -> Contender:
+def rule(name: str, branch: tuple[int, ...] | str = (), **settings) -> Contender:
     kind, estimator = name.split("/")
-    return Contender(name=name, rule={"shared": SharedReward, "removal": RemovalCredit}[kind](), estimator=estimator)
+    made = {"shared": SharedReward, "removal": RemovalCredit, "auto": AutoCredit, "replay": ReplayCredit, "v1": CCPOv1}[
+        kind
+    ](**settings)
+    return Contender(name=name, rule=made, payroll=Payroll(estimator=estimator, boxed_reward={}), branch=branch)
 
 
 @pytest.fixture(scope="module")
@@ -187,17 +191,52 @@ def test_a_thinker_and_a_solver_are_no_alarm_and_the_decider_is_not_tested():
     solver = Bigram([0.2, 0.0, 0.0], {"a": [2.0, 0, 0], "b": [0, 2.0, 0]})
     report = probe_variance(
         bandits(TEAM, {"thinker": Bandit([0.1, 0.0, 0.2]), "solver": solver}, prompts=5),
-        [rule("shared/rloo"), Contender(name="v1", rule=CCPOv1(gate="trajectory"), estimator="grpo")],
+        [rule("shared/rloo"), rule("v1/grpo", gate="trajectory")],
         Effort(batches=16, warm=1, exact=2, problems=6, truth=20),
     )
     assert not report["lemma"]["thinker"]["alarm"]
     assert report["lemma"]["thinker"]["p_value"] > 0.01
     assert "nobody answers" in report["lemma"]["solver"]["untested"]
-    assert report["rules"]["v1"]["tokens"] == 60  # 20 thoughts, 20 answers, 20 solo answers
+    assert report["rules"]["v1/grpo"]["tokens"] == 60  # 20 thoughts, 20 answers, 20 solo answers
     assert report["rules"]["shared/rloo"]["tokens"] == 40
-    solver = report["rules"]["v1"]["agents"]["solver"]
+    solver = report["rules"]["v1/grpo"]["agents"]["solver"]
     assert solver["sum_error"] < 1e-5  # solo answers are trained on, and weighed as the learner weighs them
     assert report["influence"][0]["speaker"] == "thinker"
+
+
+# ---- other layouts
+
+
+def test_rules_that_want_a_tree_have_batches_of_their_own():
+    """Four thoughts with two answers each: replay pays a thought the mean of its two answers, against the other thoughts."""
+    report = probe_variance(
+        pair(prompts=6, samples=8),
+        [
+            rule("shared/rloo"),
+            rule("replay/none", (4, 2)),
+            rule("auto/none", "auto", scale="none"),
+            rule("removal/rloo"),
+        ],
+        Effort(batches=40, warm=2, exact=2, problems=5, truth=20),
+    )
+    rules = report["rules"]
+    assert rules["shared/rloo"]["branch"] == rules["removal/rloo"]["branch"] == []
+    assert rules["replay/none"]["branch"] == [4, 2]
+    assert len(rules["auto/none"]["branch"]) == 2
+    assert rules["shared/rloo"]["tokens"] == 6 * 16
+    assert rules["replay/none"]["tokens"] == 6 * (4 + 8)
+    assert rules["removal/rloo"]["tokens"] == 6 * 24
+    assert not report["lemma"]["thinker"]["alarm"]
+    for name in ("replay/none", "auto/none"):
+        for agent in ("thinker", "solver"):
+            found = rules[name]["agents"][agent]
+            assert found["sum_error"] < 1e-5
+            assert found["bias"]["value"] < 4 * found["bias"]["error"]
+            assert found["cosine"]["value"] > 0.8
+    # a mean over fewer texts estimates the same gradient
+    for agent in ("thinker", "solver"):
+        one, other = (rules[name]["agents"][agent]["mean"] for name in ("shared/rloo", "replay/none"))
+        assert abs(one["value"] - other["value"]) < 4 * (one["error"] + other["error"]) < 2 * one["value"]
 
 
 # ---- replays
@@ -256,7 +295,7 @@ def test_influence_is_the_distance_between_the_readers_distributions():
     subject = pair(prompts=4, samples=6)
     groups = subject.play(0, frozenset()).groups
     (edge,) = measure_influence(subject, groups)
-    model = subject.policies["solver"].model
+    model = subject.policies["solver"].model.requires_grad_(False)
     alone = model.theta.softmax(0)  # without the message the prompt ends with a digit
     heard = [
         (model.theta + model.after.get(encode_one(r.turn("thinker").message), 0)).softmax(0)
@@ -265,8 +304,8 @@ def test_influence_is_the_distance_between_the_readers_distributions():
     ]
     distance = torch.stack([0.5 * (p - alone).abs().sum() for p in heard]).mean()
     kl = torch.stack([(p * (p / alone).log()).sum() for p in heard]).mean()
-    assert edge.distance.value == pytest.approx(float(distance), rel=1e-5)
-    assert edge.kl.value == pytest.approx(float(kl), rel=1e-5)
+    assert edge.distance.value == pytest.approx(distance.item(), rel=1e-5)
+    assert edge.kl.value == pytest.approx(kl.item(), rel=1e-5)
     assert edge.shift.value > 0
     deaf = bandits(TEAM, {"thinker": Bandit([0, 0, 0]), "solver": Bandit([0.3, 0, 0])})
     (edge,) = measure_influence(deaf, deaf.play(0, frozenset()).groups)
@@ -317,28 +356,17 @@ def test_weighted_scores_are_the_learners_gradient(loss: str, aggregate: str):
     model = policy(name="writer")
     subject, played = debate_played()
     outputs, _ = SharedReward()(credit_inputs(subject.team, subject.active, played), {})
-    paid = pay(rule("shared/rloo"), played, outputs)
-    turns = [longer(turn, 1 + i % 4) for i, turn in enumerate(paid.turns["writer"])]
-    rows = [
-        type(row)(**{**fields(row), "token_ids": t.completion.token_ids, "engine_logprobs": t.completion.logprobs})
-        for row, t in zip(paid.rows["writer"], turns, strict=True)
-    ]
+    paid = pay(rule("shared/rloo").payroll, played, outputs)
+    rows = [longer(row, 1 + i % 4) for i, row in enumerate(paid.rows["writer"])]
     assert len({row.segment for row in rows}) == 12 < len(rows)
     scores = Scores({"writer": Sketch(model, buckets=997)}, torch.float32)
-    scores.learn(turns)
-    summed_J = coefficients(objective, rows) @ scores.of(turns)
+    scores.learn(rows)
+    summed_J = coefficients(objective, rows) @ scores.of(rows)
     exact_J = Sketch(model, buckets=997)(exact_gradient(model, objective, rows, torch.float32))
     assert float(exact_J.norm()) > 1e-4
     torch.testing.assert_close(summed_J, exact_J, atol=1e-5 * float(exact_J.norm()), rtol=1e-3)
 
 
-def longer(turn, count: int):
-    """The turn with its letter said so many times."""
-    completion = replace(
-        turn.completion, token_ids=turn.completion.token_ids * count, logprobs=turn.completion.logprobs * count
-    )
-    return replace(turn, completion=completion)
-
-
-def fields(row) -> dict:
-    return {name: getattr(row, name) for name in row.__dataclass_fields__}
+def longer(row: TrainRow, count: int) -> TrainRow:
+    """The row with its letter said so many times."""
+    return replace(row, token_ids=row.token_ids * count, engine_logprobs=row.engine_logprobs * count)

@@ -126,8 +126,9 @@ def test_the_recipes_rule_keeps_its_settings_and_estimators_are_chosen_in_turn()
     setup = prepare(load_recipe({**TINY, "advantage": "rloo"}))
     own, other, third = contenders(setup, ["ccpo_v1", "removal/none", "removal"], "dr_grpo")
     assert own.rule is setup.rule
-    assert (own.estimator, other.estimator, third.estimator) == ("dr_grpo", "none", "dr_grpo")
-    assert contenders(setup, ["shared"])[0].estimator == "rloo"
+    assert tuple(c.payroll.estimator for c in (own, other, third)) == ("dr_grpo", "none", "dr_grpo")
+    assert contenders(setup, ["shared"])[0].payroll.estimator == "rloo"
+    assert contenders(setup, ["auto"])[0].payroll.estimator == "none"  # its own
 
 
 @pytest.mark.parametrize(

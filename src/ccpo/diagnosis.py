@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from ccpo import credit as credit_rules
-from ccpo.build import Setup, build_part, prepare
+from ccpo.build import Setup, branch_of, build_part, prepare
 from ccpo.config import Part, RunConfig, load_recipe
+from ccpo.credit.base import one_of
 from ccpo.crew import DTYPES, Crew
 from ccpo.diagnose import Contender, Effort, Subject, probe_variance
-from ccpo.errors import UserError, nearest
+from ccpo.errors import UserError
 from ccpo.learner.logprobs import compute_dtype
 from ccpo.learner.objective import Objective
+from ccpo.pay import Payroll
 from ccpo.rollout import Voice
 from ccpo.runfolder import RunFolder
 from ccpo.runs import Reporter, load_crew, model_paths, open_setup
@@ -127,15 +129,20 @@ def _default(setup: Setup) -> list[str]:
 
 
 def _contender(setup: Setup, name: str, advantage: str | None) -> Contender:
-    kind, _, estimator = name.rpartition("/") if name.rpartition("/")[2] in credit_rules.ESTIMATORS else (name, "", "")
-    if kind == setup.config.credit.kind:
-        rule = setup.rule
-    else:
-        rule = build_part(credit_rules.RULES, Part(kind=kind), "rules")
-    estimator = estimator or advantage or setup.config.advantage
-    if estimator == "auto":
-        estimator = getattr(rule, "estimator", "grpo")
-    if estimator not in credit_rules.ESTIMATORS:
-        known = credit_rules.ESTIMATORS
-        raise UserError(f"advantage is {estimator!r}; it is one of {', '.join(known)}.{nearest(estimator, known)}")
-    return Contender(name=name, rule=rule, estimator=estimator)
+    config = setup.config
+    kind, _, ending = name.rpartition("/")
+    kind, estimator = (kind, ending) if ending in credit_rules.ESTIMATORS else (name, advantage)
+    own = kind == config.credit.kind
+    rule = setup.rule if own else build_part(credit_rules.RULES, Part(kind=kind), "rules")
+    if estimator is None:
+        # a rule with an estimator of its own has it, unless it is the recipe's rule and the recipe says otherwise
+        fallback = config.advantage if config.advantage != "auto" else "grpo"
+        declared = getattr(rule, "estimator", fallback)
+        estimator = fallback if own and config.advantage != "auto" else declared
+    one_of("advantage", estimator, credit_rules.ESTIMATORS)
+    payroll = Payroll(
+        estimator=estimator,
+        skip_flat=getattr(rule, "skip_flat", False),
+        boxed_reward=config.rollout.boxed_reward,
+    )
+    return Contender(name=name, rule=rule, payroll=payroll, branch=branch_of(config, setup.team, rule))

@@ -106,17 +106,18 @@ def training_rows(
                 for turn in rollout.turns:
                     values = paid.pop(id(turn), None) if turn.agent == agent else None
                     if values is not None:
-                        target.append(_row(turn, sum(values) / len(values), segment))
+                        target.append(row_of(turn, sum(values) / len(values), segment))
         for agent, advantage_PD in solo.items():
             solos = [c for c in group.counterfactuals if c.removed == outputs.solo_coalition[agent]]
             for d, answer in enumerate(solos):
                 segment += 1
                 value = float(advantage_PD[p, d]) * outputs.solo_weight[agent]
-                target += [_row(turn, value, segment) for turn in answer.turns if turn.agent == agent]
+                target += [row_of(turn, value, segment) for turn in answer.turns if turn.agent == agent]
     return rows
 
 
-def _row(turn: Turn, advantage: float, segment: int) -> TrainRow:
+def row_of(turn: Turn, advantage: float, segment: int) -> TrainRow:
+    """The training row of one text."""
     return TrainRow(
         policy=turn.policy,
         agent=turn.agent,

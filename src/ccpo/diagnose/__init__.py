@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ccpo.diagnose.payments import Contender
+from ccpo.diagnose.contenders import Contender
 from ccpo.diagnose.subject import Subject
 from ccpo.diagnose.variance import Effort, probe_variance
 

@@ -19,7 +19,6 @@ from ccpo.learner.objective import Objective
 from ccpo.learner.rows import collate, number_segments, pack
 from ccpo.losses import denominators
 from ccpo.rollout.seeds import seed_of
-from ccpo.types import Turn
 
 BUCKETS = 2039  # a prime: rows of a weight matrix then do not lie on each other's buckets
 MICROBATCH = 16_384
@@ -62,54 +61,41 @@ class Sketch:
 
 
 class Scores:
-    """``grad log pi`` of turns, sketched, each distinct turn once (three voters who say the same are three turns only where
-    they have three policies)."""
+    """``grad log pi`` of texts, sketched, each distinct text once (the same prompt, words, policy and temperature)."""
 
     def __init__(self, sketches: Mapping[str, Sketch], compute: torch.dtype) -> None:
         self.sketches, self.compute = sketches, compute
         self._known: dict[tuple[object, ...], int] = {}
-        self._rows: list[Tensor] = []
+        self._scores: list[Tensor] = []
 
-    def learn(self, turns: Iterable[Turn]) -> None:
-        """Compute the scores of ``turns`` that are not known yet."""
-        wanted: dict[str, dict[tuple[object, ...], Turn]] = {}
-        for turn in turns:
-            if (key := _key(turn)) not in self._known:
-                wanted.setdefault(turn.policy, {})[key] = turn
+    def learn(self, rows: Iterable[TrainRow]) -> None:
+        """Compute the scores of ``rows`` that are not known yet."""
+        wanted: dict[str, dict[tuple[object, ...], TrainRow]] = {}
+        for row in rows:
+            if (key := _key(row)) not in self._known:
+                wanted.setdefault(row.policy, {})[key] = row
         for policy, by_key in wanted.items():
             sketch = self.sketches[policy]
             sketch.policy.activate()
-            for key, turn in by_key.items():
-                self._known[key] = len(self._rows)
-                self._rows.append(sketch(self._gradient(sketch, turn)))
+            for key, row in by_key.items():
+                self._known[key] = len(self._scores)
+                self._scores.append(sketch(self._gradient(sketch, row)))
 
-    def of(self, turns: Sequence[Turn]) -> Tensor:
-        """The scores of known turns, ``[B, J]``."""
-        return torch.stack([self._rows[self._known[_key(turn)]] for turn in turns])
+    def of(self, rows: Sequence[TrainRow]) -> Tensor:
+        """The scores of known rows, ``[B, J]``."""
+        if not rows:
+            return torch.zeros(0, next(iter(self.sketches.values())).buckets, dtype=torch.float64)
+        return torch.stack([self._scores[self._known[_key(row)]] for row in rows])
 
-    def _gradient(self, sketch: Sketch, turn: Turn) -> Sequence[Tensor | None]:
-        if not turn.completion.token_ids:
+    def _gradient(self, sketch: Sketch, row: TrainRow) -> Sequence[Tensor | None]:
+        if not row.token_ids:
             return [None] * len(sketch.parameters)
-        batch = collate([row_of(turn)], [0], sketch.policy.device)
+        batch = collate([row], [0], sketch.policy.device)
         logprob_BT, _ = score(sketch.policy.model, batch, self.compute)
         total = logprob_BT[batch.mask_BT].sum()
         if not torch.isfinite(total):
-            raise RunFailure(f"turn {turn.name!r} of policy {turn.policy!r} has a log-probability of {total.item()}")
+            raise RunFailure(f"a turn of agent {row.agent!r} has a log-probability of {total.item()} under its policy")
         return torch.autograd.grad(total, sketch.parameters, allow_unused=True)
-
-
-def row_of(turn: Turn, advantage: float = 0.0, segment: int = 0) -> TrainRow:
-    """The training row of a turn."""
-    return TrainRow(
-        policy=turn.policy,
-        agent=turn.agent,
-        prompt_ids=turn.prompt_ids,
-        token_ids=turn.completion.token_ids,
-        engine_logprobs=turn.completion.logprobs,
-        advantage=advantage,
-        segment=segment,
-        temperature=turn.temperature,
-    )
 
 
 def exact_gradient(
@@ -135,5 +121,5 @@ def exact_gradient(
     return total
 
 
-def _key(turn: Turn) -> tuple[object, ...]:
-    return (turn.policy, turn.temperature, turn.prompt_ids, turn.completion.token_ids)
+def _key(row: TrainRow) -> tuple[object, ...]:
+    return (row.policy, row.temperature, row.prompt_ids, row.token_ids)

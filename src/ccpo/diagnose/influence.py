@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ccpo.diagnose.gradients import row_of
 from ccpo.diagnose.moments import Estimate
 from ccpo.diagnose.subject import Subject
 from ccpo.learner import TrainRow
 from ccpo.learner.logprobs import completion_logits
 from ccpo.learner.rows import collate
+from ccpo.pay import row_of
 from ccpo.teams import TurnSpec, render_prompt
 from ccpo.types import Group, Problem, Rollout
 
@@ -59,7 +59,7 @@ def _edge(subject: Subject, groups: Sequence[Group], speaker: str, spec: TurnSpe
     pairs, problem_of = [], []
     for p, group in enumerate(groups):
         for rollout in group.rollouts:
-            row = row_of(rollout.turn(spec.name))
+            row = row_of(rollout.turn(spec.name), 0.0, 0)
             if row.token_ids:
                 pairs.append((row, replace(row, prompt_ids=_prompt(subject, group.problem, rollout, spec, speaker))))
                 problem_of.append(p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -46,8 +47,11 @@ class Subject:
     def policy_of(self, agent: str) -> Policy:
         return self.policies[self.voices[agent].policy]
 
-    def play(self, number: int, coalitions: frozenset[Coalition]) -> Played:
-        """Batch ``number``: problems of the training task in an order of the probe's own, never a cached reward."""
+    def play(
+        self, number: int, coalitions: frozenset[Coalition], *, branch: tuple[int, ...] = (), swaps: bool = False
+    ) -> Played:
+        """Batch ``number``: problems of the training task in an order of the probe's own, never a cached reward. ``branch``: the
+        tree of rollouts (empty: N that share nothing); ``swaps``: ballots put into other rollouts, too."""
         seed = seed_of("diagnose", self.seed)
         sampler = ProblemSampler(total=len(self.task), batch=self.prompts, seed=seed)
         return play_team(
@@ -57,7 +61,9 @@ class Subject:
             self.limits,
             [self.task[i] for i in sampler.indices(number)],
             Ask(
-                samples=self.samples,
+                samples=math.prod(branch) if branch else self.samples,
+                branch=branch,
+                swaps=swaps,
                 coalitions=coalitions,
                 draws=self.draws,
                 removal=self.removal,

@@ -1,14 +1,14 @@
-"""The probe of gradients: every rule is given the same rollouts of a real model, and the estimates it would follow are compared.
+"""The probe of gradients: rules are given the same rollouts of a real model, and the estimates they would follow are compared.
 
-Batches are independent, so the products of different ones say how long the mean gradient is, and what is left of a batch's own length is noise
-(:mod:`ccpo.diagnose.moments`). Weights are not changed.
+Batches are independent, so the products of different ones say how long the mean gradient is, and what is left of a batch's own length is
+noise (:mod:`ccpo.diagnose.moments`). Rules that want another layout of rollouts have batches of their own. Weights are not changed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +17,20 @@ from torch import Tensor
 from ccpo.credit import SharedReward
 from ccpo.credit.telemetry import correlation
 from ccpo.diagnose import moments
-from ccpo.diagnose.baseline import baseline, weighted_sums
+from ccpo.diagnose.baseline import baseline
+from ccpo.diagnose.bench import Bench, Record
+from ccpo.diagnose.contenders import Contender
 from ccpo.diagnose.fidelity import Truth, fidelity, measure_truth
-from ccpo.diagnose.gradients import BUCKETS, Scores, Sketch, exact_gradient
+from ccpo.diagnose.gradients import BUCKETS, Sketch
 from ccpo.diagnose.influence import measure_influence
-from ccpo.diagnose.lemma import covariance, dependence, paired_draws
-from ccpo.diagnose.moments import Products, jackknife
-from ccpo.diagnose.payments import Contender, Paid, coefficients, credit_inputs, estimate, pay, tokens_of
+from ccpo.diagnose.lemma import dependence
+from ccpo.diagnose.moments import Estimate, Products, jackknife
 from ccpo.diagnose.subject import Subject
 from ccpo.errors import UserError
-from ccpo.rollout import Played
-from ccpo.types import Coalition, Group
+from ccpo.pay import Payroll
 
 Note = Callable[[str], None]
+REFERENCE = ""  # no contender's name is empty
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Effort:
     text for the credit's fidelity (0: none). ``buckets``: J. Raises UserError for what cannot be measured."""
 
     batches: int = 32
-    warm: int = 2
+    warm: int = 4
     exact: int = 2
     problems: int = 16
     truth: int = 32
@@ -49,21 +50,6 @@ class Effort:
         for key, least in (("batches", 3), ("warm", 0), ("exact", 0), ("problems", 0), ("truth", 2), ("buckets", 1)):
             if getattr(self, key) < least:
                 raise UserError(f"{key} is {getattr(self, key)}; the probe needs at least {least}")
-
-
-@dataclass(slots=True)
-class _Record:
-    """What one contender has done so far."""
-
-    contender: Contender
-    needs: frozenset[Coalition]
-    state: dict[str, Any]
-    tokens: list[int] = field(default_factory=list)
-    gradient: dict[str, list[Tensor]] = field(default_factory=dict)
-    advantage: dict[str, list[Tensor]] = field(default_factory=dict)
-    shared: dict[str, list[Tensor]] = field(default_factory=dict)
-    by_turn: list[Mapping[str, Tensor]] = field(default_factory=list)
-    exact: dict[str, list[tuple[float, float, float]]] = field(default_factory=dict)
 
 
 def probe_variance(
@@ -78,13 +64,14 @@ def probe_variance(
     probe = _Probe(subject, contenders, effort)
     for number in range(effort.warm + effort.batches):
         note(f"batch {number + 1} of {effort.warm + effort.batches}")
-        probe.batch(number)
+        for bench in probe.benches:
+            (bench.warm if number < effort.warm else bench.measure)(number)
     note("lemma")
     lemma = probe.lemma()
     note("replays")
-    truth = probe.truth()
+    probe.replay()
     note("influence")
-    influence = [] if subject.walker() is None else measure_influence(subject, probe.groups)
+    influence = [] if subject.walker() is None else measure_influence(subject, probe.plain.groups)
     return {
         "subject": subject.name,
         "batches": effort.batches,
@@ -93,8 +80,8 @@ def probe_variance(
         "removal": str(subject.removal),
         "weights": {name: sketch.size for name, sketch in probe.sketches.items()},
         "buckets": effort.buckets,
-        "rules": {c.name: probe.report(c.name, truth) for c in contenders},
-        "truth": _truth_report(subject, truth, len(probe.groups)),
+        "rules": {c.name: probe.rule(c.name) for c in contenders},
+        "truth": probe.reliability(),
         "baseline": probe.baselines(),
         "lemma": lemma,
         "influence": [edge.to_json() for edge in influence],
@@ -105,150 +92,112 @@ def probe_variance(
 class _Probe:
     def __init__(self, subject: Subject, contenders: Sequence[Contender], effort: Effort) -> None:
         self.subject, self.effort = subject, effort
-        # the gradient of the expected reward, by the estimate that no baseline bends: what the others are held against
-        self.reference = Contender(name="", rule=SharedReward(), estimator="rloo" if subject.samples > 1 else "none")
-        self.records = {
-            c.name: _Record(c, c.needs(subject.team, subject.active), c.rule.start())
-            for c in (self.reference, *contenders)
-        }
-        self.coalitions = frozenset().union(*(r.needs for r in self.records.values()))
         names = dict.fromkeys(subject.voices[agent].policy for agent in subject.active)
         self.sketches = {
             name: Sketch(subject.policies[name], buckets=effort.buckets, seed=subject.seed) for name in names
         }
-        self.groups: list[Group] = []
-        self.rewards: list[Tensor] = []
-        self.sums: dict[str, list[Tensor]] = {}
-        self.without_QJ: dict[str, list[Tensor]] = {}
-        self.shared_QJ: dict[str, list[Tensor]] = {}
+        # the gradient of the expected reward, by the estimate that no baseline bends, from rollouts that share nothing
+        reference = Contender(
+            name=REFERENCE,
+            rule=SharedReward(),
+            payroll=Payroll(estimator="rloo" if subject.samples > 1 else "none", boxed_reward={}),
+        )
+        self.benches = []
+        everybody = (reference, *contenders)
+        for branch in dict.fromkeys(c.branch for c in everybody):
+            members = [c for c in everybody if c.branch == branch]
+            # on the first, which is plain, every removal is played: it is where Lemma A.1 is tested
+            also = frozenset().union(*(c.needs(subject.team, subject.active) for c in contenders if not self.benches))
+            bench = Bench(subject, members, self.sketches, problems=effort.problems, exact=effort.exact, also=also)
+            self.benches.append(bench)
+        self.plain = self.benches[0]
+        self.home = {name: bench for bench in self.benches for name in bench.records}
+        self.truths: dict[int, Truth] = {}
 
-    # --- one batch ---------------------------------------------------------------------------------------------------
+    def replay(self) -> None:
+        walker = self.subject.walker()
+        if walker is not None and self.effort.problems:
+            self.truths = {
+                id(bench): measure_truth(walker, bench.groups, self.effort.truth, seed=self.subject.seed)
+                for bench in self.benches
+            }
 
-    def batch(self, number: int) -> None:
-        played = self.subject.play(number, self.coalitions)
-        inputs = credit_inputs(self.subject.team, self.subject.active, played)
-        paid: dict[str, Paid] = {}
-        for name, record in self.records.items():
-            outputs, record.state = record.contender.rule(inputs, record.state)
-            if number >= self.effort.warm:
-                paid[name] = pay(record.contender, played, outputs)
-        if number < self.effort.warm:
-            return
-        scores = Scores(self.sketches, self.subject.compute)
-        scores.learn(turn for g in played.groups for r in g.rollouts for turn in r.turns if self._active(turn))
-        scores.learn(turn for p in paid.values() for turns in p.turns.values() for turn in turns)
-        for name, record in self.records.items():
-            self._keep(record, paid[name], played, scores, exact=number - self.effort.warm < self.effort.exact)
-        self._agents(played, scores)
-        missing = self.effort.problems - len(self.groups)
-        self.groups += played.groups[: max(0, missing)]
+    # --- rules -------------------------------------------------------------------------------------------------------
 
-    def _active(self, turn: Any) -> bool:
-        return turn.agent in self.subject.active
-
-    def _keep(self, record: _Record, paid: Paid, played: Played, scores: Scores, *, exact: bool) -> None:
-        record.tokens.append(tokens_of(record.contender, record.needs, played))
-        record.by_turn.append(paid.by_turn)
-        for agent, rows in paid.rows.items():
-            gradient_J = coefficients(self.subject.objective, rows) @ scores.of(paid.turns[agent])
-            record.gradient.setdefault(agent, []).append(gradient_J)
-            record.advantage.setdefault(agent, []).append(paid.advantage[agent])
-            shared_PN = estimate(record.contender, played.reward_PN, played, agent)
-            record.shared.setdefault(agent, []).append(shared_PN)
-            if exact and record.contender is not self.reference:
-                record.exact.setdefault(agent, []).append(self._exact(agent, rows, gradient_J))
-
-    def _exact(self, agent: str, rows: Sequence[Any], gradient_J: Tensor) -> tuple[float, float, float]:
-        """Squared norms of the learner's own gradient and of its sketch, and of what the sketch of the sum and the sum of sketches
-        differ by."""
-        policy = self.subject.policy_of(agent)
-        gradient = exact_gradient(policy, self.subject.objective, rows, self.subject.compute)
-        norm2 = sum(float(part.double().square().sum()) for part in gradient)
-        sketched_J = self.sketches[policy.name](gradient)
-        return norm2, float(gradient_J.square().sum()), float((sketched_J - gradient_J).square().sum())
-
-    def _agents(self, played: Played, scores: Scores) -> None:
-        """What does not hang on a rule: how an agent's scores go with the reward, and with the reward without it."""
-        P, N = played.reward_PN.shape
-        self.rewards.append(played.reward_PN)
-        for agent in self.subject.active:
-            score_PNJ = torch.stack(
-                [
-                    scores.of(own).sum(0) if (own := [t for t in r.turns if t.agent == agent]) else self._zero()
-                    for g in played.groups
-                    for r in g.rollouts
-                ]
-            ).reshape(P, N, -1)
-            removed = agent != self.subject.team.decider and (agent,) in played.without
-            without_PXM = played.without[(agent,)] if removed else None
-            without_PN = None if without_PXM is None else without_PXM.mean(2).expand(P, N)
-            self.sums.setdefault(agent, []).append(weighted_sums(score_PNJ, played.reward_PN, without_PN))
-            drawn_PN = None if without_PXM is None else paired_draws(without_PXM, N)
-            if drawn_PN is not None:
-                self.without_QJ.setdefault(agent, []).append(covariance(score_PNJ, drawn_PN))
-                self.shared_QJ.setdefault(agent, []).append(covariance(score_PNJ, played.reward_PN))
-
-    def _zero(self) -> Tensor:
-        return torch.zeros(self.effort.buckets, dtype=torch.float64)
-
-    # --- what came out -----------------------------------------------------------------------------------------------
-
-    def report(self, name: str, truth: Truth | None) -> dict[str, Any]:
-        record = self.records[name]
-        tokens = sum(record.tokens) / len(record.tokens)
+    def rule(self, name: str) -> dict[str, Any]:
+        record = self.home[name].records[name]
+        rollouts = sum(r.numel() for r in self.home[name].rewards) / self.effort.batches
         return {
-            "estimator": record.contender.estimator,
-            "tokens": tokens,
-            "agents": {agent: self._agent(record, agent, tokens, truth) for agent in record.gradient},
+            "estimator": record.contender.payroll.estimator,
+            "branch": list(self.home[name].layout),
+            "tokens": record.tokens_a_batch,
+            "agents": {agent: self._agent(record, agent, rollouts) for agent in record.gradient},
         }
 
-    def _agent(self, record: _Record, agent: str, tokens: float, truth: Truth | None) -> dict[str, Any]:
-        gradient_BJ = torch.stack(record.gradient[agent])
-        products = Products.of(gradient_BJ, torch.stack(self.records[""].gradient[agent]))
-        rollouts = self.subject.prompts * self.subject.samples
+    def _agent(self, record: Record, agent: str, rollouts: float) -> dict[str, Any]:
+        products = Products.of(torch.stack(record.gradient[agent]), self._gradient(REFERENCE, agent))
         snr2 = jackknife(moments.snr2, products)
         found = {
             "mean": jackknife(moments.signal2, products).root(),
             "deviation": jackknife(moments.variance, products).root(),
             "snr_batch": snr2.root(),
             "snr_rollout": snr2.scaled(1 / rollouts).root(),
-            "snr_1000_tokens": snr2.scaled(1000 / tokens).root(),
+            "snr_1000_tokens": snr2.scaled(1000 / record.tokens_a_batch).root(),
+            "ratio_to_shared": self._ratio(record, agent),
             "cosine": jackknife(moments.cosine, products),
             "bias": jackknife(moments.bias2, products).root(),
+            "fidelity": self._fidelity(record, agent),
         }
         report: dict[str, Any] = {key: value.to_json() for key, value in found.items()}
-        report["ratio_to_shared"] = self._ratio(record, agent, gradient_BJ, tokens).to_json()
         report["shared_corr"] = correlation(torch.cat(record.advantage[agent]), torch.cat(record.shared[agent]))
-        report["fidelity"] = self._fidelity(record, agent, truth).to_json()
-        return report | _exactness(record.exact.get(agent, []))
+        return report | _exactness(record.exact[agent])
 
-    def _ratio(self, record: _Record, agent: str, gradient_BJ: Tensor, tokens: float) -> moments.Estimate:
+    def _gradient(self, name: str, agent: str) -> Tensor:
+        return torch.stack(self.home[name].records[name].gradient[agent])
+
+    def _ratio(self, record: Record, agent: str) -> Estimate:
         """Signal-to-noise at equal tokens over that of the first contender that pays shared reward."""
-        shared = next((r for n, r in self.records.items() if n and isinstance(r.contender.rule, SharedReward)), None)
+        shared = next(
+            (
+                found
+                for name, bench in self.home.items()
+                if name != REFERENCE and isinstance((found := bench.records[name]).contender.rule, SharedReward)
+            ),
+            None,
+        )
         if shared is None:
-            return moments.Estimate(value=None, error=None)
-        products = Products.of(gradient_BJ, torch.stack(shared.gradient[agent]))
+            return Estimate(value=None, error=None)
+        products = Products.of(torch.stack(record.gradient[agent]), torch.stack(shared.gradient[agent]))
         found = jackknife(moments.ratio2, products)
-        return found.scaled(sum(shared.tokens) / len(shared.tokens) / tokens).root()
+        return found.scaled(shared.tokens_a_batch / record.tokens_a_batch).root()
+
+    def _fidelity(self, record: Record, agent: str) -> Estimate:
+        bench = self.home[record.contender.name]
+        truth = self.truths.get(id(bench))
+        if truth is None:
+            return Estimate(value=None, error=None)
+        turns = _turns(self.subject, agent)
+        paid = {t: torch.cat([batch[t] for batch in record.by_turn])[: len(bench.groups)] for t in turns}
+        return fidelity(paid, truth, turns)
+
+    # --- agents ------------------------------------------------------------------------------------------------------
 
     def baselines(self) -> dict[str, Any]:
-        mean = float(torch.cat(self.rewards).double().mean())
+        mean = float(torch.cat(self.plain.rewards).double().mean())
         found = {}
-        for agent, sums in self.sums.items():
-            removed = agent != self.subject.team.decider and (agent,) in self.coalitions
+        for agent, sums in self.plain.sums.items():
+            removed = agent != self.subject.team.decider and (agent,) in self.plain.coalitions
             found[agent] = baseline(sums, mean, removed=removed).to_json()
         return found
 
     def lemma(self) -> dict[str, Any]:
+        tested = self.plain.without_QJ
         found: dict[str, Any] = {}
         for agent in self.subject.active:
-            if agent in self.without_QJ:
-                found[agent] = dependence(
-                    torch.cat(self.without_QJ[agent]),
-                    torch.cat(self.shared_QJ[agent]),
-                    tests=len(self.without_QJ),
-                    seed=self.subject.seed,
-                ).to_json()
+            if agent in tested:
+                without_QJ, shared_QJ = torch.cat(tested[agent]), torch.cat(self.plain.shared_QJ[agent])
+                test = dependence(without_QJ, shared_QJ, tests=len(tested), seed=self.subject.seed)
+                found[agent] = test.to_json()
             else:
                 found[agent] = {"untested": self._untested(agent)}
         return found
@@ -256,22 +205,16 @@ class _Probe:
     def _untested(self, agent: str) -> str:
         if agent == self.subject.team.decider:
             return "without it nobody answers: the reward is 0"
-        if (agent,) not in self.coalitions:
+        if (agent,) not in self.plain.coalitions:
             return "no compared rule removes it"
         return "its reward without it is one number a problem, which moves with nothing"
 
-    def truth(self) -> Truth | None:
-        walker = self.subject.walker()
-        if walker is None or not self.groups:
-            return None
-        return measure_truth(walker, self.groups, self.effort.truth, seed=self.subject.seed)
-
-    def _fidelity(self, record: _Record, agent: str, truth: Truth | None) -> moments.Estimate:
+    def reliability(self) -> dict[str, Any] | None:
+        truth = self.truths.get(id(self.plain))
         if truth is None:
-            return moments.Estimate(value=None, error=None)
-        turns = _turns(self.subject, agent)
-        paid = {t: torch.cat([b[t] for b in record.by_turn])[: len(self.groups)] for t in turns}
-        return fidelity(paid, truth, turns)
+            return None
+        found = {agent: truth.reliability(_turns(self.subject, agent)) for agent in self.subject.active}
+        return {"problems": len(self.plain.groups), "draws": truth.draws, "reliability": found}
 
 
 def _check(subject: Subject, contenders: Sequence[Contender]) -> None:
@@ -299,10 +242,3 @@ def _exactness(found: Sequence[tuple[float, float, float]]) -> dict[str, float |
         "norm_sketch": sketch**0.5,
         "sum_error": (difference / exact) ** 0.5 if exact > 0 else 0.0,
     }
-
-
-def _truth_report(subject: Subject, truth: Truth | None, problems: int) -> dict[str, Any] | None:
-    if truth is None:
-        return None
-    reliability = {agent: truth.reliability(_turns(subject, agent)) for agent in subject.active}
-    return {"problems": problems, "draws": truth.draws, "reliability": reliability}
