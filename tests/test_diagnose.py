@@ -77,7 +77,7 @@ def rule(name: str, branch: tuple[int, ...] | str = (), **settings) -> Contender
 @pytest.fixture(scope="module")
 def report() -> dict:
     names = ["shared/none", "removal/none", "shared/rloo", "removal/rloo"]
-    effort = Effort(batches=100, warm=0, exact=2, problems=12, truth=30)
+    effort = Effort(batches=80, warm=0, exact=2, problems=12, truth=30)
     return probe_variance(voters(prompts=6, samples=2), [rule(name) for name in names], effort)
 
 
@@ -129,7 +129,7 @@ def test_a_vote_is_no_alarm(report: dict):
     for found in report["lemma"].values():
         assert not found["alarm"]
         assert abs(found["along"]["value"]) < 4 * found["along"]["error"]
-        assert found["problems"] == 600
+        assert found["problems"] == 480
 
 
 def test_the_best_baseline_is_that_of_the_game(report: dict):
@@ -217,7 +217,7 @@ def test_rules_that_want_a_tree_have_batches_of_their_own():
             rule("auto/none", "auto", scale="none"),
             rule("removal/rloo"),
         ],
-        Effort(batches=40, warm=2, exact=2, problems=5, truth=20),
+        Effort(batches=30, warm=2, exact=2, problems=2, truth=5),
     )
     rules = report["rules"]
     assert rules["shared/rloo"]["branch"] == rules["removal/rloo"]["branch"] == []

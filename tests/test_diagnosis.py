@@ -17,6 +17,7 @@ from ccpo.diagnose import Effort
 from ccpo.diagnose.report import sentences, variance_tables
 from ccpo.diagnosis import contenders, variance
 from ccpo.errors import UserError
+from test_docs import names
 
 torch.set_num_threads(1)
 
@@ -176,3 +177,19 @@ def test_what_is_wrong_is_said_in_words(report: dict):
     assert "0.90 ± 0.10" in first
     assert "75%" in second
     assert not [line for line in sentences({**report, "truth": None}) if line.startswith("Warning")]
+
+
+# ---- what is documented
+
+
+def test_every_key_of_the_report_is_documented(report: dict):
+    text = (Path(__file__).parents[1] / "docs" / "diagnose.md").read_text(encoding="utf-8")
+    assert set(names(text, "key")) == set(report)
+    figures = set(names(text, "figure"))
+    for rule in report["rules"].values():
+        assert set(rule) == {"estimator", "branch", "tokens", "agents"}
+        for found in rule["agents"].values():
+            assert set(found) == figures
+    parts = [*report["baseline"].values(), *report["lemma"].values(), report["truth"], *report["influence"]]
+    for part in parts:
+        assert {key for key in part if f"`{key}`" not in text} == set()

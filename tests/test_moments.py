@@ -90,6 +90,11 @@ def test_without_signal_there_is_no_angle():
     assert moments.signal2(Products.of(g_BJ, g_BJ)) < 0
     assert moments.cosine(Products.of(g_BJ, G[:, :1])) is None
     assert jackknife(moments.cosine, Products.of(g_BJ, G[:, :1])) == Estimate(value=None, error=None)
+    lone = torch.tensor(
+        [[0.0], [0.0], [1.0], [1.1]], dtype=torch.float64
+    )  # an angle, until one of two batches is left out
+    assert moments.cosine(Products.of(lone, lone)) == pytest.approx(1)
+    assert jackknife(moments.cosine, Products.of(lone, lone)) == Estimate(value=None, error=None)
     silent = torch.zeros(3, 1, dtype=torch.float64)
     assert moments.snr2(Products.of(silent, silent)) is None
     with pytest.raises(ValueError, match="B >= 3"):

@@ -106,13 +106,13 @@ def bias2(p: Products) -> float | None:
 
 
 def jackknife(statistic: Callable[[Products], float | None], products: Products) -> Estimate:
-    """The statistic and its delete-one-batch jackknife error. None errors where a part of the data cannot tell it."""
+    """The statistic and its delete-one-batch jackknife error; neither where leaving a batch out makes it undefined (an angle of
+    a gradient that hardly rises from the noise)."""
     value = statistic(products)
     B = products.batches
-    parts = [statistic(products.take(_without(B, b))) for b in range(B)]
-    known = [part for part in parts if part is not None]
+    known = [part for b in range(B) if (part := statistic(products.take(_without(B, b)))) is not None]
     if value is None or len(known) < B:
-        return Estimate(value=value, error=None)
+        return Estimate(value=None, error=None)
     return Estimate(value=value, error=jackknife_error(known))
 
 
