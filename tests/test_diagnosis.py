@@ -169,7 +169,7 @@ def test_the_tables_fit_eighty_columns(report: dict):
 
 def test_what_is_wrong_is_said_in_words(report: dict):
     along = {"value": 0.9, "error": 0.1}
-    alarm = {"along": along, "size": along, "p_value": 0.0002, "alarm": True, "problems": 9}
+    alarm = {"along": along, "size": along, "p_along": 0.5, "p_anywhere": 0.0002, "alarm": True, "problems": 9}
     unsure = {"problems": 2, "draws": 2, "reliability": {"thinker": 0.25}}
     lines = sentences({**report, "lemma": {"thinker": alarm}, "truth": unsure})
     (first, second) = [line for line in lines if line.startswith("Warning")]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ccpo.diagnose import moments
 from ccpo.diagnose.baseline import baseline, weighted_sums
-from ccpo.diagnose.lemma import covariance, dependence, paired_draws
+from ccpo.diagnose.lemma import Evidence, covariance, fractions, paired_draws, sign_flips
 from ccpo.diagnose.moments import Estimate, Products, jackknife
 
 torch.set_num_threads(1)
@@ -139,37 +139,64 @@ def test_which_draws_belong_to_rollouts():
 
 def test_a_counterfactual_that_follows_the_agent_is_found():
     shared_QJ = normal(0, 50, 4) + torch.tensor([2.0, 0, 0, 0], dtype=torch.float64)
-    found = dependence(-0.5 * shared_QJ, shared_QJ)
-    assert found.alarm
-    assert found.p_value == pytest.approx(1 / 5000)
-    assert found.along.value == pytest.approx(-0.5)
-    assert found.along.error < 1e-9
-    assert found.size.value == pytest.approx(0.5)
+    along, size = fractions(-0.5 * shared_QJ, shared_QJ)
+    assert along.value == pytest.approx(-0.5)
+    assert along.error < 1e-9
+    assert size.value == pytest.approx(0.5)
+    assert sign_flips(-0.5 * shared_QJ) == pytest.approx(1 / 5000)
+    with pytest.raises(ValueError, match="Q >= 3"):
+        fractions(shared_QJ[:2], shared_QJ[:2])
+    noise_QJ = normal(1, 50, 4)
+    noise_QJ = noise_QJ - noise_QJ.mean(0)
+    assert fractions(shared_QJ, noise_QJ)[0] == Estimate(value=None, error=None)  # a fraction of no signal
 
 
 def test_a_dependence_across_the_gradient_is_found_too():
     shared_QJ = normal(0, 60, 4) + torch.tensor([2.0, 0, 0, 0], dtype=torch.float64)
     across_QJ = normal(1, 60, 4) + torch.tensor([0, 1.5, 0, 0], dtype=torch.float64)
-    found = dependence(across_QJ, shared_QJ)
-    assert found.alarm
-    assert abs(found.along.value) < 4 * found.along.error
-    assert found.size.value == pytest.approx(0.75, abs=4 * found.size.error)
+    along, size = fractions(across_QJ, shared_QJ)
+    assert abs(along.value) < 4 * along.error
+    assert size.value == pytest.approx(0.75, abs=4 * size.error)
+    assert size.error < 0.2
+    assert sign_flips(across_QJ) < 0.001
 
 
 def test_false_alarms_are_rare_and_nothing_is_no_alarm():
-    shared_QJ = normal(0, 30, 3) + 1
-    alarms = [dependence(normal(seed, 30, 3), shared_QJ, flips=999).p_value for seed in range(100)]
-    assert sum(p < 0.01 for p in alarms) <= 4
-    assert 20 < sum(p < 0.5 for p in alarms) < 80
-    assert dependence(torch.zeros(30, 3).double(), shared_QJ).p_value == 1.0
-    with pytest.raises(ValueError, match="Q >= 3"):
-        dependence(shared_QJ[:2], shared_QJ[:2])
+    found = [sign_flips(normal(seed, 30, 3), flips=999) for seed in range(100)]
+    assert sum(p < 0.01 for p in found) <= 4
+    assert 30 < sum(p < 0.5 for p in found) < 70
+    assert sign_flips(torch.zeros(30, 3).double()) == 1.0
 
 
-def test_more_tests_ask_for_a_smaller_p_value():
-    shared_QJ = normal(0, 50, 4) + 2
-    assert dependence(shared_QJ, shared_QJ, flips=150).alarm
-    assert not dependence(shared_QJ, shared_QJ, flips=150, tests=10).alarm
+def made_up(*, follows: float, per_problem: bool = False, batches: int = 6) -> Evidence:
+    """Scores of two numbers; the reward goes with the first, the reward without the agent too, as far as it ``follows``."""
+    evidence = Evidence()
+    for seed in range(batches):
+        score_PNJ = normal(seed, 20, 4, 2)
+        reward_PN = score_PNJ[..., 0] + normal(seed + 100, 20, 4)
+        without_PN = follows * score_PNJ[..., 0] + 0.5 * normal(seed + 200, 20, 4)
+        evidence.add(score_PNJ, reward_PN, without_PN.mean(1)[:, None, None] if per_problem else without_PN[..., None])
+    return evidence
+
+
+@pytest.mark.parametrize("per_problem", [False, True])
+def test_evidence_of_many_batches(per_problem: bool):
+    guilty, innocent = (made_up(follows=f, per_problem=per_problem).weigh() for f in (0.7, 0.0))
+    assert guilty.alarm
+    assert not innocent.alarm
+    assert guilty.p_along < 1e-4
+    assert guilty.problems == 120
+    if per_problem:
+        assert guilty.p_anywhere is None
+        assert guilty.along.value is None
+    else:
+        assert guilty.p_anywhere < 0.001
+        assert abs(guilty.along.value - 0.7) < 4 * guilty.along.error < 0.5
+        assert abs(innocent.along.value) < 4 * innocent.along.error
+    strict = made_up(follows=0.25, per_problem=per_problem, batches=3)
+    once = strict.weigh()
+    assert once.alarm or once.p_along > 0.005
+    assert not strict.weigh(tests=10**9).alarm  # more tests ask for smaller p-values
 
 
 # ---- baselines

@@ -85,6 +85,7 @@ def load_subject(setup: Setup, folder: RunFolder | None, note: Note = lambda tex
         placeholder=config.rollout.placeholder,
         frozen=_frozen(setup, crew, folder, reporter) if config.rollout.removal == "frozen" else {},
         seed=config.run.seed,
+        free_removals=setup.free_removals,
         compute=DTYPES[config.model.compute]
         or (torch.float32 if crew.device.type == "cpu" else compute_dtype(crew.device)),
     )

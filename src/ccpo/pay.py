@@ -11,7 +11,8 @@ from torch import Tensor
 from ccpo import credit as credit_rules
 from ccpo.learner import TrainRow
 from ccpo.rollout import Played
-from ccpo.types import CreditOutputs, Turn
+from ccpo.teams import PlayTeam, Team
+from ccpo.types import CreditInputs, CreditOutputs, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,22 @@ class Payroll:
             for g in played.groups
         ]
         return bonus * torch.tensor(wrote).float()
+
+
+def credit_inputs(team: Team | PlayTeam, active: tuple[str, ...], played: Played) -> CreditInputs:
+    """What a credit rule is given of a step's rollouts."""
+    return CreditInputs(
+        agents=team.agent_names,
+        decider=team.decider,
+        active=active,
+        reward_PN=played.reward_PN,
+        without=played.without,
+        score=played.score,
+        turns=played.turns,
+        tree=played.tree,
+        swap=played.swap,
+        silent=played.silent,
+    )
 
 
 def training_rows(

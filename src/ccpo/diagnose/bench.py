@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ccpo.diagnose.baseline import weighted_sums
-from ccpo.diagnose.contenders import Contender, Paid, coefficients, credit_inputs, pay, tokens_of
+from ccpo.diagnose.contenders import Contender, Paid, coefficients, pay, tokens_of
 from ccpo.diagnose.gradients import Scores, Sketch, exact_gradient
-from ccpo.diagnose.lemma import covariance, paired_draws
+from ccpo.diagnose.lemma import Evidence
 from ccpo.diagnose.subject import Subject
 from ccpo.learner import TrainRow
-from ccpo.pay import row_of
+from ccpo.pay import credit_inputs, row_of
 from ccpo.planner import Planner
 from ccpo.rollout import Played
 from ccpo.types import Coalition, Group
@@ -27,8 +27,8 @@ class Record:
     gradient over all weights, of its sketch, and of what the sketch of the sum and the sum of sketches differ by."""
 
     contender: Contender
-    needs: frozenset[Coalition]
     state: dict[str, Any]
+    needs: frozenset[Coalition] = frozenset()
     tokens: list[int] = field(default_factory=list)
     gradient: dict[str, list[Tensor]] = field(default_factory=dict)
     advantage: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Record:
 class Bench:
     """Plays and pays. ``also``: coalitions to remove beside those that its contenders need. ``groups``: the first ``problems``
     problems of the measured batches. Of what does not hang on a rule it keeps, by agent with an entry a batch: ``sums`` for the
-    baseline, ``without_QJ`` and ``shared_QJ`` for the test of Lemma A.1."""
+    baseline, and the ``evidence`` on Lemma A.1."""
 
     def __init__(
         self,
@@ -57,16 +57,15 @@ class Bench:
         also: frozenset[Coalition] = frozenset(),
     ) -> None:
         self.subject, self.sketches, self.problems, self.exact = subject, sketches, problems, exact
-        self.records = {c.name: Record(c, c.needs(subject.team, subject.active), c.rule.start()) for c in contenders}
-        self.coalitions: frozenset[Coalition] = frozenset().union(also, *(r.needs for r in self.records.values()))
+        self.also = also
+        self.records = {c.name: Record(c, c.rule.start()) for c in contenders}
         self.swaps = any(c.swaps for c in contenders)
         self.branch = contenders[0].branch
         self.planner = Planner(subject.team, subject.samples) if self.branch == "auto" else None
         self.groups: list[Group] = []
         self.rewards: list[Tensor] = []
         self.sums: dict[str, list[Tensor]] = {}
-        self.without_QJ: dict[str, list[Tensor]] = {}
-        self.shared_QJ: dict[str, list[Tensor]] = {}
+        self.evidence: dict[str, Evidence] = {}
 
     def warm(self, number: int) -> None:
         """A batch for rules that remember, and for the planner: it probes, so that its layout is known before anything is measured."""
@@ -104,7 +103,10 @@ class Bench:
         return self.planner.branch(step) if self.planner is not None else self.branch
 
     def _play(self, number: int, branch: tuple[int, ...]) -> Played:
-        return self.subject.play(number, self.coalitions, branch=branch, swaps=self.swaps)
+        for record in self.records.values():
+            record.needs = self.subject.needs(record.contender.rule, record.state)
+        coalitions = self.also.union(*(record.needs for record in self.records.values()))
+        return self.subject.play(number, coalitions, branch=branch, swaps=self.swaps)
 
     def _outputs(self, played: Played) -> dict[str, Any]:
         inputs = credit_inputs(self.subject.team, self.subject.active, played)
@@ -140,10 +142,8 @@ class Bench:
         without_PXM = played.without[(agent,)] if removed else None
         without_PN = None if without_PXM is None else without_PXM.mean(2).expand(P, N)
         self.sums.setdefault(agent, []).append(weighted_sums(score_PNJ, played.reward_PN, without_PN))
-        drawn_PN = None if without_PXM is None else paired_draws(without_PXM, N)
-        if drawn_PN is not None:
-            self.without_QJ.setdefault(agent, []).append(covariance(score_PNJ, drawn_PN))
-            self.shared_QJ.setdefault(agent, []).append(covariance(score_PNJ, played.reward_PN))
+        if without_PXM is not None and N > 1:
+            self.evidence.setdefault(agent, Evidence()).add(score_PNJ, played.reward_PN, without_PXM)
 
 
 def _texts(played: Played, agent: str) -> list[list[TrainRow]]:

@@ -15,8 +15,7 @@ from ccpo.learner.rows import collate, number_segments
 from ccpo.losses import denominators
 from ccpo.pay import Payroll, training_rows
 from ccpo.rollout import Played
-from ccpo.teams import PlayTeam, Team
-from ccpo.types import Coalition, CreditInputs, CreditOutputs
+from ccpo.types import Coalition, CreditOutputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +26,6 @@ class Contender:
     rule: Any
     payroll: Payroll
     branch: tuple[int, ...] | str = ()
-
-    def needs(self, team: Team | PlayTeam, active: tuple[str, ...]) -> frozenset[Coalition]:
-        return self.rule.needs(team.agent_names, team.decider, active)
 
     @property
     def swaps(self) -> bool:
@@ -45,20 +41,6 @@ class Paid:
     shared: Mapping[str, Tensor]
     by_turn: Mapping[str, Tensor]
     rows: Mapping[str, Sequence[TrainRow]]
-
-
-def credit_inputs(team: Team | PlayTeam, active: tuple[str, ...], played: Played) -> CreditInputs:
-    return CreditInputs(
-        agents=team.agent_names,
-        decider=team.decider,
-        active=active,
-        reward_PN=played.reward_PN,
-        without=played.without,
-        score=played.score,
-        turns=played.turns,
-        tree=played.tree,
-        swap=played.swap,
-    )
 
 
 def pay(payroll: Payroll, played: Played, outputs: CreditOutputs) -> Paid:

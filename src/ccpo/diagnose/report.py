@@ -74,8 +74,10 @@ def _lemma(agent: str, found: Mapping[str, Any]) -> str:
     if "untested" in found:
         return f"Lemma A.1, {agent}: not tested; {found['untested']}."
     numbers = (
-        f"{_number(found['along'])} of the shared-reward gradient along it, {_number(found['size'])} in all directions "
-        f"(p = {found['p_value']:.4f})"
+        f"{_number(found['along'])} of the shared-reward gradient along it (p = {found['p_along']:.4f}), "
+        f"{_number(found['size'])} in all directions (p = {found['p_anywhere']:.4f})"
+        if found["p_anywhere"] is not None
+        else f"p = {found['p_along']:.4f}"
     )
     if found["alarm"]:
         return (

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from ccpo.credit.base import needed
 from ccpo.learner import Policy
 from ccpo.learner.objective import Objective
 from ccpo.rollout import Ask, Limits, Played, Voice, Walker, play_team
@@ -24,7 +26,7 @@ class Subject:
 
     ``active``: the agents whose gradients are measured. ``objective``: the policy loss, without KL and entropy, at the
     sampling policy. ``prompts``, ``samples``, ``draws``: P, N and M of a batch. ``compute``: the dtype of matrix products
-    in forward and backward passes.
+    in forward and backward passes. ``free_removals``: no agent's removal decodes anything.
     """
 
     name: str
@@ -43,9 +45,14 @@ class Subject:
     frozen: Mapping[str, Voice] = field(default_factory=dict)
     seed: int = 0
     compute: torch.dtype = torch.float32
+    free_removals: bool = False
 
     def policy_of(self, agent: str) -> Policy:
         return self.policies[self.voices[agent].policy]
+
+    def needs(self, rule: Any, state: Mapping[str, Any]) -> frozenset[Coalition]:
+        """The coalitions that ``rule`` must see removed in the batch for which it will be called with ``state``."""
+        return needed(rule, self.team.agent_names, self.team.decider, self.active, state, free=self.free_removals)
 
     def play(
         self, number: int, coalitions: frozenset[Coalition], *, branch: tuple[int, ...] = (), swaps: bool = False

@@ -23,7 +23,6 @@ from ccpo.diagnose.contenders import Contender
 from ccpo.diagnose.fidelity import Truth, fidelity, measure_truth
 from ccpo.diagnose.gradients import BUCKETS, Sketch
 from ccpo.diagnose.influence import measure_influence
-from ccpo.diagnose.lemma import dependence
 from ccpo.diagnose.moments import Estimate, Products, jackknife
 from ccpo.diagnose.subject import Subject
 from ccpo.errors import UserError
@@ -107,7 +106,7 @@ class _Probe:
         for branch in dict.fromkeys(c.branch for c in everybody):
             members = [c for c in everybody if c.branch == branch]
             # on the first, which is plain, every removal is played: it is where Lemma A.1 is tested
-            also = frozenset().union(*(c.needs(subject.team, subject.active) for c in contenders if not self.benches))
+            also = frozenset().union(*(subject.needs(c.rule, c.rule.start()) for c in contenders if not self.benches))
             bench = Bench(subject, members, self.sketches, problems=effort.problems, exact=effort.exact, also=also)
             self.benches.append(bench)
         self.plain = self.benches[0]
@@ -184,30 +183,25 @@ class _Probe:
 
     def baselines(self) -> dict[str, Any]:
         mean = float(torch.cat(self.plain.rewards).double().mean())
-        found = {}
-        for agent, sums in self.plain.sums.items():
-            removed = agent != self.subject.team.decider and (agent,) in self.plain.coalitions
-            found[agent] = baseline(sums, mean, removed=removed).to_json()
-        return found
+        return {
+            agent: baseline(sums, mean, removed=agent in self.plain.evidence).to_json()
+            for agent, sums in self.plain.sums.items()
+        }
 
     def lemma(self) -> dict[str, Any]:
-        tested = self.plain.without_QJ
+        """By agent the test of Lemma A.1, or why there is none."""
+        evidence = self.plain.evidence
         found: dict[str, Any] = {}
         for agent in self.subject.active:
-            if agent in tested:
-                without_QJ, shared_QJ = torch.cat(tested[agent]), torch.cat(self.plain.shared_QJ[agent])
-                test = dependence(without_QJ, shared_QJ, tests=len(tested), seed=self.subject.seed)
-                found[agent] = test.to_json()
+            if agent in evidence:
+                found[agent] = evidence[agent].weigh(tests=len(evidence), seed=self.subject.seed).to_json()
+            elif agent == self.subject.team.decider:
+                found[agent] = {"untested": "without it nobody answers: the reward is 0"}
+            elif self.subject.samples < 2:
+                found[agent] = {"untested": "it needs two rollouts a problem"}
             else:
-                found[agent] = {"untested": self._untested(agent)}
+                found[agent] = {"untested": "no compared rule removes it"}
         return found
-
-    def _untested(self, agent: str) -> str:
-        if agent == self.subject.team.decider:
-            return "without it nobody answers: the reward is 0"
-        if (agent,) not in self.plain.coalitions:
-            return "no compared rule removes it"
-        return "its reward without it is one number a problem, which moves with nothing"
 
     def reliability(self) -> dict[str, Any] | None:
         truth = self.truths.get(id(self.plain))
