@@ -36,6 +36,10 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "engines": (PURE | BASE, None),
     "rollout": (PURE | BASE | {"teams", "tasks", "engines"}, TORCH),
     "learner": (PURE | BASE | {"losses"}, None),
+    "diagnose": (
+        PURE | {"credit", "learner", "losses", "pay", "planner", "rollout", "schedule", "tasks", "teams"},
+        {"torch", "rich"},
+    ),
 }
 WIRING = {"cli", "__main__"}  # imported by nobody
 TOP = {
@@ -44,7 +48,7 @@ TOP = {
     "build",
     "chat",
     "crew",
-    "diagnose",
+    "diagnosis",
     "display",
     "doctor",
     "evaluate",

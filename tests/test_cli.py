@@ -89,6 +89,24 @@ def test_eval_chat_resume_doctor_and_recipes(trained):
     assert "demo" in ccpo("recipes", cwd=folder, cache=cache).stdout
 
 
+def test_diagnose_variance_of_a_run_and_of_a_recipe(trained):
+    folder, cache = trained
+    little = ["--batches", "3", "--problems", "2", "--truth", "2", "--rules", "shared, removal/none"]
+    done = ccpo("diagnose", "variance", "runs/demo", *little, "--json", "variance.json", cwd=folder, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    report = json.loads((folder / "variance.json").read_text())
+    assert set(report["rules"]) == {"shared", "removal/none"}
+    for word in ("removal/none", "fidelity", "Lemma A.1", "thinker → solver"):
+        assert word in done.stdout
+    done = ccpo("diagnose", "variance", "demo", *settings(), *little[:4], "--rules", "shard", cwd=folder, cache=cache)
+    assert done.returncode == 2
+    assert "Did you mean 'shared'?" in done.stderr
+    done = ccpo("diagnose", "variance", "demo", *settings(), *little, cwd=folder, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "demo at its start" in done.stdout
+
+
 def test_eval_reads_a_file_of_the_users(trained):
     folder, cache = trained
     (folder / "mine.jsonl").write_text('{"question": "3+4", "answer": "7"}\n{"question": "1+1", "answer": "2"}\n')

@@ -116,11 +116,15 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize(("where", "words"), commands(), ids=lambda v: " ".join(v) if isinstance(v, list) else v)
 def test_a_command_parses_and_its_recipe_and_settings_are_valid(where: str, words: list[str]):
-    known = typer.main.get_command(app).commands
-    assert words[0] in known, where
-    given = known[words[0]].make_context(words[0], words[1:]).params  # raises for an unknown option
-    if given.get("recipe"):
-        config = load_recipe(given["recipe"], given["set"] or ())  # raises for a recipe or key that is not there
+    command, name, rest = typer.main.get_command(app), "ccpo", words
+    while hasattr(command, "commands"):  # a group: the next word is one of its commands
+        name, *rest = rest
+        assert name in command.commands, where
+        command = command.commands[name]
+    given = command.make_context(name, rest).params  # raises for an unknown option
+    recipe = given.get("recipe") or given.get("source")
+    if recipe and not recipe.startswith("runs/"):
+        config = load_recipe(recipe, given["set"] or ())  # raises for a recipe or key that is not there
         build_part(RULES, config.credit, "credit")
         build_part(TEAMS, config.team, "team")
     if given.get("study") and given["study"] != "study.yaml":

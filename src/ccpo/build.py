@@ -112,11 +112,11 @@ def prepare(
             max_message_tokens=config.rollout.max_message_tokens,
             truncated_is_zero=config.rollout.truncated == "zero",
         ),
-        branch=_branch(config, team, rule),
+        branch=branch_of(config, team, rule),
     )
 
 
-def _branch(config: RunConfig, team: Team | PlayTeam, rule: Any) -> tuple[int, ...] | str:
+def branch_of(config: RunConfig, team: Team | PlayTeam, rule: Any) -> tuple[int, ...] | str:
     """The tree of rollouts: the recipe's, else the rule's own wish, else none; "auto" leaves it to the planner."""
     wanted = config.rollout.branch
     if wanted is None:

@@ -1,4 +1,4 @@
-"""The command line: ``ccpo train | eval | chat | compare | doctor | recipes``. It parses, wires and prints; nothing imports it."""
+"""The command line: ``ccpo train | eval | diagnose | chat | compare | doctor | recipes``. It parses, wires and prints; nothing imports it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+diagnose = typer.Typer(help="Measure what a team's credit and gradients look like.", no_args_is_help=True)
+app.add_typer(diagnose, name="diagnose")
 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a key, e.g. trainer.steps=50")
@@ -92,6 +95,36 @@ def evaluate(
     evaluation_tables(reports, checkpoint)
     if json is not None:
         write_json(json, {"checkpoint": str(checkpoint), "exam": exam.__dict__, "reports": reports})
+        typer.echo(f"Report: {json}")
+
+
+@diagnose.command()
+def variance(
+    source: Annotated[str, typer.Argument(metavar="RUN|RECIPE", help="a run's folder, or a recipe as it starts")],
+    rules: Annotated[
+        str | None, typer.Option(metavar="RULE,…", help="credit rules, each with an estimator if wanted: removal/none")
+    ] = None,
+    advantage: Annotated[str | None, typer.Option(help="the estimator of the others; default: the recipe's")] = None,
+    batches: Annotated[int, typer.Option(min=3, help="batches of the recipe's problems × samples")] = 32,
+    problems: Annotated[int, typer.Option(min=0, help="problems whose turns are replayed; 0: none")] = 16,
+    truth: Annotated[int, typer.Option(min=2, help="replays of each text")] = 32,
+    json: Annotated[Path | None, typer.Option(help="write the report here")] = None,
+    set: Set = None,
+) -> None:
+    """Noise and bias of each rule's gradient, credit fidelity, influence, and a test of Lemma A.1."""
+    from ccpo.diagnose import Effort
+    from ccpo.diagnose.report import variance_tables
+    from ccpo.diagnosis import variance as probe
+    from ccpo.display import progress_note
+    from ccpo.runfolder import write_json
+
+    effort = Effort(batches=batches, problems=problems, truth=truth)
+    names = [name.strip() for name in rules.split(",")] if rules is not None else []
+    with progress_note("loading") as note:
+        report = probe(source, rules=names, advantage=advantage, overrides=set or (), effort=effort, note=note)
+    variance_tables(report)
+    if json is not None:
+        write_json(json, report)
         typer.echo(f"Report: {json}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,14 +71,14 @@ class TerminalReporter(Reporter):
 
 
 @contextmanager
-def progress_note(text: str) -> Iterator[None]:
-    """A spinner on a terminal, nothing elsewhere."""
+def progress_note(text: str) -> Iterator[Callable[[str], None]]:
+    """A spinner on a terminal, nothing elsewhere. It is given a function that says what is being done now."""
     console = Console(file=sys.stderr)
     if console.is_terminal:
-        with console.status(text):
-            yield
+        with console.status(escape(text)) as status:
+            yield lambda now: status.update(escape(now))
     else:
-        yield
+        yield lambda now: None
 
 
 def before_after(result: Result) -> None:

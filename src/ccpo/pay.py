@@ -11,7 +11,8 @@ from torch import Tensor
 from ccpo import credit as credit_rules
 from ccpo.learner import TrainRow
 from ccpo.rollout import Played
-from ccpo.types import CreditOutputs, Turn
+from ccpo.teams import PlayTeam, Team
+from ccpo.types import CreditInputs, CreditOutputs, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,24 @@ class Payroll:
         return bonus * torch.tensor(wrote).float()
 
 
+def credit_inputs(team: Team | PlayTeam, active: tuple[str, ...], played: Played) -> CreditInputs:
+    """What a credit rule is given of a step's rollouts."""
+    return CreditInputs(
+        agents=team.agent_names,
+        decider=team.decider,
+        active=active,
+        reward_PN=played.reward_PN,
+        without=played.without,
+        score=played.score,
+        turns=played.turns,
+        tree=played.tree,
+        swap=played.swap,
+        silent=played.silent,
+        shares=played.shares,
+        shares_valid=played.shares_valid,
+    )
+
+
 def training_rows(
     played: Played,
     outputs: CreditOutputs,
@@ -106,17 +125,18 @@ def training_rows(
                 for turn in rollout.turns:
                     values = paid.pop(id(turn), None) if turn.agent == agent else None
                     if values is not None:
-                        target.append(_row(turn, sum(values) / len(values), segment))
+                        target.append(row_of(turn, sum(values) / len(values), segment))
         for agent, advantage_PD in solo.items():
             solos = [c for c in group.counterfactuals if c.removed == outputs.solo_coalition[agent]]
             for d, answer in enumerate(solos):
                 segment += 1
                 value = float(advantage_PD[p, d]) * outputs.solo_weight[agent]
-                target += [_row(turn, value, segment) for turn in answer.turns if turn.agent == agent]
+                target += [row_of(turn, value, segment) for turn in answer.turns if turn.agent == agent]
     return rows
 
 
-def _row(turn: Turn, advantage: float, segment: int) -> TrainRow:
+def row_of(turn: Turn, advantage: float, segment: int) -> TrainRow:
+    """The training row of one text."""
     return TrainRow(
         policy=turn.policy,
         agent=turn.agent,

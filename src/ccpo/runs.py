@@ -92,8 +92,8 @@ def resume(
     return _train(setup, folder, reporter or Reporter(), checkpoint=checkpoint)
 
 
-def open_setup(folder: RunFolder, *, steps: int | None = None, **objects: Any) -> Setup:
-    """The setup of a run that exists. Objects that were passed in from Python must be passed again."""
+def open_setup(folder: RunFolder, *, steps: int | None = None, overrides: Sequence[str] = (), **objects: Any) -> Setup:
+    """The setup of a run that exists, with ``overrides`` of its recipe. Objects that were passed in from Python must be passed again."""
     stored = read_json(folder.recipe)
     missing = [name for name in stored["objects"] if objects.get(name) is None]
     if missing:
@@ -105,7 +105,7 @@ def open_setup(folder: RunFolder, *, steps: int | None = None, **objects: Any) -
     data["run"]["dir"] = str(folder.path)
     if steps is not None:
         data["trainer"]["steps"] = steps
-    return prepare(load_recipe(data), **objects)
+    return prepare(load_recipe(data, overrides), **objects)
 
 
 def _train(setup: Setup, folder: RunFolder, reporter: Reporter, *, checkpoint: Path | None) -> Result:
@@ -196,12 +196,17 @@ def open_crew(run: str | Path, **objects: Any) -> tuple[Setup, Crew, Path]:
     """A trained run's setup and crew, loaded from its newest checkpoint, for evaluation and chat."""
     folder = RunFolder(run)
     setup = open_setup(folder, **objects)
+    crew, checkpoint = load_crew(setup, folder)
+    return setup, crew, checkpoint
+
+
+def load_crew(setup: Setup, folder: RunFolder) -> tuple[Crew, Path]:
+    """The crew of a run's newest checkpoint, without a learner. Raises UserError where there is none."""
     checkpoint = find_checkpoint(folder.path)
     if checkpoint is None:
         raise UserError(f"{folder.path} has no checkpoint yet; train it first (ccpo train --resume {folder.path})")
     verify_checkpoint(checkpoint)
-    crew = Crew(setup, checkpoint_paths(setup, checkpoint), train=False)
-    return setup, crew, checkpoint
+    return Crew(setup, checkpoint_paths(setup, checkpoint), train=False), checkpoint
 
 
 def checkpoint_paths(setup: Setup, checkpoint: Path) -> dict[str, str]:

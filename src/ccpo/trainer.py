@@ -14,12 +14,11 @@ from ccpo.crew import Crew
 from ccpo.evaluate import Exam, evaluate, headline
 from ccpo.learner import load_checkpoint, save_checkpoint
 from ccpo.loggers import Sinks
-from ccpo.pay import Payroll, lists, training_rows, turn_lengths
+from ccpo.pay import Payroll, credit_inputs, lists, training_rows, turn_lengths
 from ccpo.planner import Planner
 from ccpo.rollout import Ask, CounterfactualCache, Played, Rater, play_team, rating_report, write_episodes
 from ccpo.runfolder import RunFolder
 from ccpo.schedule import ProblemSampler
-from ccpo.types import CreditInputs
 
 KINDS = ("joint", "counterfactual", "rating")
 """What generated tokens are spent on."""
@@ -98,20 +97,7 @@ class Trainer:
         problems = [self.setup.task[i] for i in self.sampler.indices(self.step)]
         played = self.play(problems, active)
         planned = self._plan_ahead(played)
-        inputs = CreditInputs(
-            agents=self.setup.team.agent_names,
-            decider=self.setup.team.decider,
-            active=active,
-            reward_PN=played.reward_PN,
-            without=played.without,
-            score=played.score,
-            turns=played.turns,
-            tree=played.tree,
-            swap=played.swap,
-            silent=played.silent,
-            shares=played.shares,
-            shares_valid=played.shares_valid,
-        )
+        inputs = credit_inputs(self.setup.team, active, played)
         started = time.monotonic()
         outputs, self.state = self.setup.rule(inputs, self.state)
         credit = self.payroll.credit(outputs, played)

@@ -82,11 +82,17 @@ def _chunks(logits_NV: Tensor) -> Iterator[slice]:
 
 
 def score(model: nn.Module, batch: MicroBatch, compute: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy of each completion token of a micro-batch, both ``[B, T]``; only their positions reach the
-    head.
+    """Log-prob and entropy of each completion token of a micro-batch, both ``[B, T]``.
 
     ``compute`` is the dtype of matrix products: bfloat16 by autocast, or the weights' own.
     """
+    logits_BTV = completion_logits(model, batch, compute)
+    return token_logprobs(logits_BTV, batch.ids_BL[:, -logits_BTV.shape[1] :], batch.temperature_B)
+
+
+def completion_logits(model: nn.Module, batch: MicroBatch, compute: torch.dtype) -> Tensor:
+    """The logits ``[B, T, V]`` that the completion tokens of a micro-batch were drawn from; only their positions reach the
+    head."""
     T = batch.mask_BT.shape[1]
     inputs = {"input_ids": batch.ids_BL[:, :-1], "attention_mask": batch.attention_BL[:, :-1], "use_cache": False}
     accepted = _accepts(model)
@@ -95,8 +101,7 @@ def score(model: nn.Module, batch: MicroBatch, compute: torch.dtype) -> tuple[Te
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = T
     with torch.autocast(batch.ids_BL.device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16):
-        logits_BTV = model(**inputs).logits[:, -T:]
-    return token_logprobs(logits_BTV, batch.ids_BL[:, -T:], batch.temperature_B)
+        return model(**inputs).logits[:, -T:]
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -10,6 +10,7 @@ from ccpo.rollout.cache import CounterfactualCache
 from ccpo.rollout.episodes import SCHEMA, read_episodes, write_episodes
 from ccpo.rollout.play import PlayWalker
 from ccpo.rollout.ratings import AskRatings, Rater, rating_report, shares_of
+from ccpo.rollout.replay import replay_turn
 from ccpo.rollout.tree import Tree, plant
 from ccpo.rollout.voices import Limits, Sampling, Voice
 from ccpo.rollout.walk import Ask, Played, Walker
@@ -82,5 +83,6 @@ __all__ = [
     "play_team",
     "rating_report",
     "read_episodes",
+    "replay_turn",
     "write_episodes",
 ]

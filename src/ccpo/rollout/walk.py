@@ -113,6 +113,11 @@ class Walker:
         turns = {a: tuple(t.name for t in self.team.turns_of(a)) for a in self.team.agent_names}
         return replace(played, turns=turns, tree=places(self.team, tree), swap=swap, silent=silent)
 
+    def finish(self, lanes: Sequence[Lane], *, seed: int, step: int) -> None:
+        """Speak what the plans of ``lanes`` leave to be spoken, and score them."""
+        self._decode(lanes, [], plant(self.team, (), 1), seed, step)
+        score_lanes(self.team, self.task, lanes, self.limits)
+
     def _decode(self, lanes: Sequence[Lane], joint: Sequence[Lane], tree: Tree, seed: int, step: int) -> None:
         for depth, level in enumerate(self.team.levels):
             batches: dict[int, list[tuple[Lane, TurnSpec, Voice]]] = defaultdict(list)
