@@ -40,7 +40,7 @@ def rloo(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, r
     """``A = c - mean of the siblings = (c - mean_g) n/(n-1)`` (RLOO, arXiv 2402.14740). In units of credit."""
     groups = _Groups(credit_B, group_B)
     siblings_G = (groups.count_G - 1).clamp(min=1)
-    factor_B = (groups.count_G / siblings_G)[groups.index_B]
+    factor_B = (groups.count_G.double() / siblings_G)[groups.index_B]
     return groups.finish((groups.credit_B - groups.mean_B) * factor_B, raw_singletons)
 
 
