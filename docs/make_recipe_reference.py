@@ -33,6 +33,7 @@ MEANINGS = {
     "eval": "how the team is judged before, during and after training",
     "credit": "what each agent is paid: [rules](rules.md)",
     "advantage": "from credit to advantage: [rules](rules.md#estimators)",
+    "process": "weight of the task's process rewards, which join the credit of the turns that it judges: [rules](rules.md#process-rewards)",
     "rollout": "what is sampled in a step, and how",
     "loss": "from advantage to a number to minimise: [rules](rules.md#losses)",
     "optim": "AdamW and its learning rate",

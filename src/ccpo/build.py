@@ -86,6 +86,7 @@ def prepare(
     rule = credit or build_part(credit_rules.RULES, config.credit, "credit")
     _check_agents(config, team)
     _check_settings(config, team)
+    _check_process(config, team, task)
     if ratings_of(rule) is not None:
         check_raters(team, ratings_of(rule).prompt)
     ProblemSampler(
@@ -170,6 +171,18 @@ def _check_settings(config: RunConfig, team: Team | PlayTeam) -> None:
         )
     if config.loss.kl != "none" and config.loss.kl_coef == 0:
         raise UserError(f"loss.kl is {config.loss.kl!r} but loss.kl_coef is 0; give it a weight, or set loss.kl: none")
+
+
+def _check_process(config: RunConfig, team: Team | PlayTeam, task: Task) -> None:
+    if not config.process:
+        return
+    if not hasattr(task, "process"):
+        raise UserError(
+            f"process is {config.process:g}, but task {task.name!r} judges no turns; set process: 0, or give the task a method "
+            "process(triples) -> scores"
+        )
+    if not isinstance(team, Team):
+        raise UserError("process rewards are for teams that are a graph; a Python function has no turns by name")
 
 
 def _frozen(config: RunConfig, agent: str) -> bool:

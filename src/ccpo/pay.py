@@ -93,6 +93,7 @@ def credit_inputs(team: Team | PlayTeam, active: tuple[str, ...], played: Played
         tree=played.tree,
         swap=played.swap,
         silent=played.silent,
+        process=played.process,
         shares=played.shares,
         shares_valid=played.shares_valid,
     )

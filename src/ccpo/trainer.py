@@ -100,6 +100,9 @@ class Trainer:
         inputs = credit_inputs(self.setup.team, active, played)
         started = time.monotonic()
         outputs, self.state = self.setup.rule(inputs, self.state)
+        if self.config.process:
+            join = getattr(self.setup.rule, "join_process", credit_rules.join_process)
+            outputs = join(outputs, inputs, self.config.process)
         credit = self.payroll.credit(outputs, played)
         advantage = {agent: self.payroll.advantage(credit_PN, agent, played) for agent, credit_PN in credit.items()}
         shared = {agent: self.payroll.advantage(played.reward_PN, agent, played) for agent in credit}
@@ -146,6 +149,7 @@ class Trainer:
             samples=math.prod(branch) if branch else config.samples,
             branch=branch,
             swaps=getattr(self.setup.rule, "swaps", False),
+            process=self.config.process > 0,
             coalitions=coalitions,
             draws=config.draws,
             removal=self.setup.removal,

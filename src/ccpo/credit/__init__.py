@@ -12,6 +12,7 @@ from ccpo.credit.ccpo_v1 import CCPOv1
 from ccpo.credit.ccpo_v2 import CCPOv2
 from ccpo.credit.history import Ema
 from ccpo.credit.own import OwnCorrectness
+from ccpo.credit.process import join_process
 from ccpo.credit.removal import Pairing, has_spread, marginal, paired_or_mean
 from ccpo.credit.removal_rule import RemovalCredit
 from ccpo.credit.replay import ReplayCredit
@@ -49,6 +50,7 @@ __all__ = [
     "SharedReward",
     "State",
     "has_spread",
+    "join_process",
     "marginal",
     "needed",
     "paired_or_mean",

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
+from torch import Tensor
+
 from ccpo.errors import UserError
 from ccpo.rollout.lanes import Lane
 from ccpo.rollout.voices import Limits
@@ -44,6 +47,21 @@ def score_lanes(team: Team, task: Task, lanes: Sequence[Lane], limits: Limits) -
     for lane, decided in zip(lanes, team.decision.decide_many([lane.ballots for lane in lanes]), strict=True):
         lane.answer = decided.answer
         lane.reward = 0.0 if _void(team, lane, limits) else decided.reward
+
+
+def score_turns(team: Team, task: Task, joint: Sequence[Lane], problems: int) -> dict[str, Tensor]:
+    """The task's process rewards by turn, ``[P, N]``; only turns that it judges in every play. Raises UserError for a score that is
+    not a number in [0, 1]."""
+    places = [(lane, spec.name) for spec in team.turns_in_order for lane in joint]
+    scores = task.process([(lane.problem, name, lane.turn(name).completion.text) for lane, name in places])
+    if len(scores) != len(places):
+        raise UserError(f"task {task.name!r}: process gave {len(scores)} scores for {len(places)} turns; one for each")
+    by_turn: dict[str, list[float | None]] = {}
+    for (_, name), score in zip(places, scores, strict=True):
+        if score is not None and not 0 <= score <= 1:
+            raise UserError(f"task {task.name!r}: process gave turn {name!r} the score {score}; a score lies in [0, 1]")
+        by_turn.setdefault(name, []).append(score)
+    return {name: torch.tensor(s).reshape(problems, -1) for name, s in by_turn.items() if None not in s}
 
 
 def _score_function(team: Team, task: Task, lanes: Sequence[Lane], limits: Limits) -> None:

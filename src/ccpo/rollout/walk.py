@@ -19,7 +19,7 @@ from ccpo.errors import UserError
 from ccpo.rollout.cache import CounterfactualCache
 from ccpo.rollout.lanes import Lane
 from ccpo.rollout.ratings import AskRatings
-from ccpo.rollout.score import score_lanes
+from ccpo.rollout.score import score_lanes, score_turns
 from ccpo.rollout.seeds import seed_of
 from ccpo.rollout.swap import swapped
 from ccpo.rollout.tree import Branch, Tree, places, plant
@@ -40,6 +40,7 @@ class Ask:
     samples: int
     branch: Branch = ()
     swaps: bool = False
+    process: bool = False
     coalitions: frozenset[Coalition] = frozenset()
     draws: int | None = None
     removal: Removal = Removal.DROP
@@ -65,6 +66,7 @@ class Played:
     tree: Mapping[str, TreePlace] = field(default_factory=dict)
     swap: Mapping[str, Tensor] = field(default_factory=dict)
     silent: Mapping[str, Tensor] = field(default_factory=dict)
+    process: Mapping[str, Tensor] = field(default_factory=dict)
     shares: Mapping[str, Tensor] = field(default_factory=dict)
     shares_valid: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -106,12 +108,13 @@ class Walker:
         clock = time.monotonic()
         score_lanes(self.team, self.task, every, self.limits)
         swap, silent = swapped(self.team, joint, tree, len(problems)) if ask.swaps else ({}, {})
+        process = score_turns(self.team, self.task, joint, len(problems)) if ask.process else {}
         seconds["verify"] = time.monotonic() - clock
         for coalition, plan in plans.items():
             self._to_cache(lanes[coalition], plan, ask)
         played = _gather(self.team, problems, ask, joint, lanes, cached, plans, seconds)
         turns = {a: tuple(t.name for t in self.team.turns_of(a)) for a in self.team.agent_names}
-        return replace(played, turns=turns, tree=places(self.team, tree), swap=swap, silent=silent)
+        return replace(played, turns=turns, tree=places(self.team, tree), swap=swap, silent=silent, process=process)
 
     def finish(self, lanes: Sequence[Lane], *, seed: int, step: int) -> None:
         """Speak what the plans of ``lanes`` leave to be spoken, and score them."""

@@ -19,6 +19,9 @@ Pair = tuple[Problem, str]
 class Task(Protocol):
     """Problems and their verifier. ``task[i]`` is the same problem whenever it is asked for; verdicts come in the
     pairs' order.
+
+    A task may also have ``process(triples) -> scores``: for each (problem, turn's name, text) a process reward in [0, 1], or None
+    for a turn that it does not judge. Recipes ask for it with ``process: WEIGHT``.
     """
 
     @property

@@ -130,6 +130,10 @@ class DigitSum(ProceduralTask):
         thought = heard.get("thinker")
         return self._read_off(thought, rng, noise) if thought else problem.answer
 
+    def process(self, triples: Sequence[tuple[Problem, str, str]]) -> list[float | None]:
+        """For the thinker's scratchpad, the share of its steps that are right; other turns are not judged."""
+        return [_right_steps(problem, text) if turn == "thinker" else None for problem, turn, text in triples]
+
     def _read_off(self, thought: str, rng: random.Random, noise: float) -> str:
         """The answer as a thought has it."""
         said = "".join(step[-1] for step in thought.split()) if self.graded else thought[-1]
@@ -143,6 +147,12 @@ class DigitSum(ProceduralTask):
         if not self.graded:
             return [exact_verdict(problem, text) for problem, text in said]
         return [_graded(problem.answer, text) for problem, text in said]
+
+
+def _right_steps(problem: Problem, text: str) -> float:
+    numbers = [int(d) for d in problem.text.split("+")]
+    right = [f"{number}{total % 10}" for number, total in zip(numbers, accumulate(numbers), strict=True)]
+    return sum(a == b for a, b in zip(right, text.split(), strict=False)) / len(right)
 
 
 def _graded(answer: str, text: str) -> Verdict:
