@@ -54,6 +54,14 @@ def test_reinforce_pp_by_hand() -> None:
     torch.testing.assert_close(found, t(-1.5, 0.5), rtol=0, atol=1e-6)
 
 
+def test_maxrl_by_hand() -> None:
+    # group 0: mean 1/4, one success weighs (1 - 1/4) / (1/4) = 3; group 1 is never solved
+    found = ESTIMATORS["maxrl"](t(1, 0, 0, 0, 0, 0), ids(0, 0, 0, 0, 1, 1))
+    torch.testing.assert_close(found, t(3, -1, -1, -1, 0, 0))
+    with pytest.raises(ValueError, match="cannot be negative"):
+        ESTIMATORS["maxrl"](t(1, -0.1), ids(0, 0))
+
+
 def test_none_is_the_credit() -> None:
     credit = t(0.3, -0.2)
     found = ESTIMATORS["none"](credit, ids(0, 0))
@@ -93,8 +101,9 @@ def test_the_order_of_rows_does_not_matter(found: list[tuple[float, int, int]], 
     credit_B, group_B, tokens_B = unpack(found)
     order = torch.randperm(credit_B.numel(), generator=torch.Generator().manual_seed(random.getrandbits(30)))  # type: ignore[attr-defined]
     for name, estimator in ESTIMATORS.items():
-        straight = estimator(credit_B, group_B, tokens_B)[order]
-        shuffled = estimator(credit_B[order], group_B[order], tokens_B[order])
+        paid_B = credit_B.abs() if name == "maxrl" else credit_B
+        straight = estimator(paid_B, group_B, tokens_B)[order]
+        shuffled = estimator(paid_B[order], group_B[order], tokens_B[order])
         torch.testing.assert_close(straight, shuffled, msg=name)
 
 

@@ -78,6 +78,8 @@ def test_auto_in_units_of_the_problems_deviation():
     outputs, _ = AutoCredit()(plain, {})
     assert outputs.credit["a"][0].tolist() == pytest.approx([2.0, -2 / 3, -2 / 3, -2 / 3])
     assert outputs.credit["a"][1].tolist() == [0, 0, 0, 0]
+    outputs, _ = AutoCredit(scale="mean")(plain, {})
+    assert outputs.credit["a"][0].tolist() == pytest.approx([4.0, -4 / 3, -4 / 3, -4 / 3])
 
 
 def test_a_single_rollout_has_nothing_to_be_held_against():

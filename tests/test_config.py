@@ -127,7 +127,7 @@ def test_a_value_out_of_range_names_the_limit(data, path, limit):
 def test_a_wrong_word_lists_the_words_and_the_nearest():
     message = refused({"advantage": "gropo"})
     assert "recipe: advantage: found 'gropo'." in message
-    assert "'grpo', 'dr_grpo', 'rloo', 'reinforce++' or 'none'" in message
+    assert "'grpo', 'dr_grpo', 'rloo', 'maxrl', 'reinforce++' or 'none'" in message
     assert message.endswith("Did you mean 'grpo'?")
 
 
@@ -371,6 +371,10 @@ def test_a_schedule_that_trains_nobody_is_refused():
     assert "is not an agent that is trained" in not_built(
         {"agents": {"solver": {"frozen": True}}, "trainer": {"schedule": "alternating", "first": "solver"}}
     )
+
+
+def test_maxrl_is_for_credit_that_is_never_negative():
+    assert "can be negative" in not_built({"advantage": "maxrl", "credit": "removal"})
 
 
 def test_settings_without_effect_are_refused():

@@ -169,6 +169,11 @@ def _check_settings(config: RunConfig, team: Team | PlayTeam) -> None:
         raise UserError(
             "trainer.first is set but trainer.schedule is 'simultaneous'; set trainer.schedule: alternating"
         )
+    if config.advantage == "maxrl" and config.credit.kind not in ("shared", "own") and ":" not in config.credit.kind:
+        raise UserError(
+            f"advantage 'maxrl' divides by a success rate, and credit {config.credit.kind!r} can be negative; use it with credit "
+            "'shared' or 'own', or set credit: {kind: auto, scale: mean}"
+        )
     if config.loss.kl != "none" and config.loss.kl_coef == 0:
         raise UserError(f"loss.kl is {config.loss.kl!r} but loss.kl_coef is 0; give it a weight, or set loss.kl: none")
 

@@ -44,6 +44,20 @@ def rloo(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, r
     return groups.finish((groups.credit_B - groups.mean_B) * factor_B, raw_singletons)
 
 
+def maxrl(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False) -> Tensor:
+    """``A = (c - mean_g) / mean_g``: of the likelihood of success in the place of its probability, so that a problem weighs the
+    more the less often it is solved (MaxRL, arXiv 2602.02710). No unit.
+
+    Raises ValueError for negative credit, whose mean is no success rate.
+    """
+    groups = _Groups(credit_B, group_B)
+    if groups.credit_B.numel() and groups.credit_B.amin() < 0:
+        raise ValueError(
+            "maxrl divides by the group's mean, which must be a success rate: its credit cannot be negative"
+        )
+    return groups.finish((groups.credit_B - groups.mean_B) / groups.mean_B.clamp(min=1e-9), raw_singletons)
+
+
 def reinforce_pp(
     credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False
 ) -> Tensor:
@@ -78,6 +92,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "rloo": rloo,
+    "maxrl": maxrl,
     "reinforce++": reinforce_pp,
     "none": none,
 }

@@ -65,7 +65,7 @@ class AutoCredit(Memoryless):
     swaps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        one_of("credit.scale", self.scale, ["group", "none"])
+        one_of("credit.scale", self.scale, ["group", "mean", "none"])
         number_in("credit.decay", self.decay, 0.0, 1.0)
 
     def __call__(self, inputs: CreditInputs, state: Mapping[str, Any]) -> tuple[CreditOutputs, State]:
@@ -89,9 +89,10 @@ class AutoCredit(Memoryless):
     def _scaled(self, credit_PN: Tensor, reward_PN: Tensor) -> Tensor:
         if self.scale == "none":
             return credit_PN
-        deviation_P1 = reward_PN.double().std(1, keepdim=True)
-        flat_P1 = deviation_P1 < 1e-9
-        return torch.where(flat_P1, 0.0, credit_PN / torch.where(flat_P1, 1.0, deviation_P1)).to(credit_PN.dtype)
+        reward64_PN = reward_PN.double()
+        unit_P1 = (reward64_PN.std if self.scale == "group" else reward64_PN.mean)(1, keepdim=True)
+        flat_P1 = unit_P1 < 1e-9
+        return torch.where(flat_P1, 0.0, credit_PN / torch.where(flat_P1, 1.0, unit_P1)).to(credit_PN.dtype)
 
 
 def _worth(inputs: CreditInputs, turn: str, place: TreePlace) -> Tensor:
