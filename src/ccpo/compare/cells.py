@@ -138,7 +138,7 @@ def recipe_of(study: Study, method: str, task: str, point: Point) -> dict[str, A
     """The recipe of a method on a task: base, task, the task's ``single`` for a single agent, the method, its ``on`` for this
     task, the grid point; and what the study itself sets."""
     spec, field = study.methods[method], study.tasks[task]
-    layers = [study.base, field.recipe, *([field.single] if spec.single else []), spec.set, spec.on.get(task, {})]
+    layers = [study.base, field.recipe, *([field.single] if spec.single else []), spec.set, spec.by_task.get(task, {})]
     layers += [at(key.strip(), value) for keys, value in point.items() for key in keys.split(",")]
     data: dict[str, Any] = {}
     for layer in layers:
@@ -204,7 +204,7 @@ def _check_owned(study: Study) -> None:
         places |= {f"tasks.{name}.recipe": task.recipe, f"tasks.{name}.single": task.single}
     for name, method in study.methods.items():
         places[f"methods.{name}.set"] = method.set
-        places |= {f"methods.{name}.on.{task}": nested for task, nested in method.on.items()}
+        places |= {f"methods.{name}.by_task.{task}": nested for task, nested in method.by_task.items()}
     for where, nested in places.items():
         for key in OWNED:
             found: Any = nested

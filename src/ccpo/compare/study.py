@@ -64,7 +64,7 @@ class MethodSpec(StudySection):
     """A method: what it adds to the recipe of every task."""
 
     set: Nested = Field({}, description="laid over the task's recipe")
-    on: dict[str, Nested] = Field({}, description="laid over `set` on the tasks named")
+    by_task: dict[str, Nested] = Field({}, description="laid over `set` on the tasks named")
     label: str | None = None
     single: bool = Field(False, description="a single agent: takes the task's `single` section too")
     train: bool = Field(True, description="false: the team is judged as it is before training")
@@ -194,7 +194,7 @@ class Study(StudySection):
         for name, method in self.methods.items():
             found[f"methods.{name}.tasks"] = method.tasks or []
             found[f"methods.{name}.why_empty"] = list(method.why_empty)
-            found[f"methods.{name}.on"] = list(method.on)
+            found[f"methods.{name}.by_task"] = list(method.by_task)
         return found
 
     def _every_empty_cell_has_its_reason(self) -> None:

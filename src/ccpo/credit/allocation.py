@@ -16,6 +16,10 @@ from ccpo.credit.nested import baseline_errors, inverse_weights
 from ccpo.types import TreePlace
 
 MOST = 4  # continuations of one text that are considered
+SAME_CONTEXT = 0.5
+"""How alike are the lessons of two texts after the same words. The gradient differs from context to context, so that eight answers to
+four thoughts teach a solver less than eight answers to eight: ``S`` texts of a context count as ``S / (1 + 0.5 (S - 1))``. The number is a
+choice; with 0, trees were too bushy where texts cost alike (``docs/log.md``)."""
 
 
 def tree_cost(branch: Sequence[int], costs: Sequence[float]) -> float:
@@ -27,10 +31,11 @@ def precision(branch: Sequence[int], variances: Sequence[float]) -> float:
     """Sum over levels of ``log(texts / variance of their advantage)`` under the best baseline. Higher is better.
 
     A text's advantage has the variance of its own worth, of what follows it (less the more often it is played on), and of the
-    baseline it is held against.
+    baseline it is held against. Texts of one context count for less (:data:`SAME_CONTEXT`).
     """
-    total = 0.0
-    for depth in range(len(branch)):
+    total, texts = 0.0, 1.0
+    for depth, siblings in enumerate(branch):
+        texts *= siblings / (1 + (SAME_CONTEXT * (siblings - 1) if depth else 0.0))
         noise, plays = 0.0, 1
         for below in range(depth + 1, len(branch)):
             plays *= branch[below]
@@ -38,7 +43,7 @@ def precision(branch: Sequence[int], variances: Sequence[float]) -> float:
         within = variances[depth] + noise
         between = sum(variances[:depth])
         place = TreePlace(contexts=math.prod(branch[:depth]), siblings=branch[depth], plays=plays)
-        total += math.log(math.prod(branch[: depth + 1]) / (within + _baseline_error(place, within, between) + 1e-12))
+        total += math.log(texts / (within + _baseline_error(place, within, between) + 1e-12))
     return total
 
 

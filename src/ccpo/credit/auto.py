@@ -56,7 +56,7 @@ class AutoCredit(Memoryless):
     Raises UserError where a trained agent's text has nothing to be compared with (one rollout a problem, and no vote).
     """
 
-    scale: str = "group"
+    scale: str = "mean"
     decay: float = 0.9
 
     pairing: ClassVar[str | None] = None
