@@ -75,7 +75,7 @@ def test_auto_on_plain_rollouts_is_leave_one_out():
 def test_auto_in_units_of_the_problems_deviation():
     reward_PN = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     plain = CreditInputs(agents=("a",), decider="a", active=("a",), reward_PN=reward_PN)
-    outputs, _ = AutoCredit()(plain, {})
+    outputs, _ = AutoCredit(scale="group")(plain, {})
     assert outputs.credit["a"][0].tolist() == pytest.approx([2.0, -2 / 3, -2 / 3, -2 / 3])
     assert outputs.credit["a"][1].tolist() == [0, 0, 0, 0]
     outputs, _ = AutoCredit(scale="mean")(plain, {})

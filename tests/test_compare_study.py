@@ -203,7 +203,9 @@ def test_recipes_are_laid_over_one_another_in_order():
                         "single": {"optim": {"epochs": 3}},
                     }
                 },
-                "methods": {"single": {"set": {"optim": {"eps": 4}}, "by_task": {"choice": {"optim": {"weight_decay": 5}}}}},
+                "methods": {
+                    "single": {"set": {"optim": {"eps": 4}}, "by_task": {"choice": {"optim": {"weight_decay": 5}}}}
+                },
             },
         )
     )

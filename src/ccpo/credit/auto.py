@@ -10,8 +10,8 @@ Much of that luck can be averaged out or subtracted without a single extra token
    (the group), and for a ballot the vote without it (removal; ``inputs.silent``). Each weighs by the inverse of its expected squared
    error, which follows from the variances seen in earlier batches.
 
-In all three what is averaged or subtracted does not depend on the text that is paid, given its context: the expected
-gradient is that of shared reward. The idea under 1 is Rao and Blackwell's; that under 3 is replay credit's (C3, arXiv 2603.06859) where contexts
+In all three what is averaged or subtracted does not depend on the text that is paid, given its context: with ``scale: none`` the
+expected gradient is that of shared reward, and a scale changes how much each problem counts, as it does for shared reward. The idea under 1 is Rao and Blackwell's; that under 3 is replay credit's (C3, arXiv 2603.06859) where contexts
 differ much, and leave-one-out's (RLOO, arXiv 2402.14740) where they do not.
 """
 
@@ -50,8 +50,9 @@ from ccpo.types import CreditInputs, CreditOutputs, TreePlace
 class AutoCredit(Memoryless):
     """``Q[text] - sum of w_i b_i`` over the baselines b_i; ``[P, N]``, in units of reward (``scale: none``).
 
-    ``scale: group`` divides by the unbiased deviation of the problem's joint rewards, as GRPO does, which weighs problems by how
-    undecided they are. ``decay`` is that of the variances behind the weights, read as they were before the batch.
+    ``scale`` weighs problems by how undecided they are: ``mean`` divides by the problem's mean joint reward, as MaxRL does (arXiv
+    2602.02710: the gradient of the logarithm of success), ``group`` by the unbiased deviation of its joint rewards, as GRPO does, ``none`` by nothing.
+    ``decay`` is that of the variances behind the weights, read as they were before the batch.
 
     Raises UserError where a trained agent's text has nothing to be compared with (one rollout a problem, and no vote).
     """

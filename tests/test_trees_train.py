@@ -1,0 +1,127 @@
+"""Whole runs with trees of rollouts, swapped ballots, process rewards and budgets in tokens, on real tiny models."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import ccpo
+from ccpo.build import prepare
+from ccpo.config import load_recipe
+from ccpo.errors import UserError
+from ccpo.planner import PROBE_EVERY, Planner
+from ccpo.rollout import read_episodes
+from ccpo.runfolder import RunFolder
+from ccpo.teams import PlayTeam, chain, think_solve
+from test_trainer import VOTE, metrics, recipe, same, weights
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CCPO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield os.environ["CCPO_CACHE"]
+
+
+def test_auto_plans_its_trees_and_trains_each_text_once(tmp_path):
+    ccpo.train(recipe(tmp_path / "run", credit={"kind": "auto"}))
+    lines = metrics(tmp_path / "run")
+    assert lines[0]["layout/level1_texts"] == 2  # the probe
+    assert all(line["layout/level0_texts"] >= 2 for line in lines)
+    for step, line in enumerate(lines, start=1):
+        groups = [group for group, _ in read_episodes(RunFolder(tmp_path / "run").episode_file(step))]
+        texts = int(line["layout/level0_texts"])
+        plays = int(line["layout/level1_texts"])
+        assert all(len(group.rollouts) == texts * plays for group in groups)
+        assert line["actor/thinker/rows"] == 4 * texts
+        assert line["actor/solver/rows"] == 4 * texts * plays
+        assert line["tokens/counterfactual"] == 0
+
+
+def test_a_planned_run_that_was_cut_goes_on_bit_for_bit(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    ccpo.train(recipe(whole, credit={"kind": "auto"}))
+    ccpo.train(recipe(cut, credit={"kind": "auto"}, trainer={"steps": 2}))
+    ccpo.resume(cut, steps=4)
+    assert same(weights(whole), weights(cut))
+    assert metrics(whole) == metrics(cut)
+
+
+def test_replay_takes_the_recipes_tree(tmp_path):
+    ccpo.train(recipe(tmp_path / "run", credit={"kind": "replay"}, rollout={"branch": [2, 2]}))
+    line = metrics(tmp_path / "run")[0]
+    assert (line["actor/thinker/rows"], line["actor/solver/rows"]) == (8, 16)
+
+
+def test_swapped_ballots_cost_no_token(tmp_path):
+    ccpo.train(recipe(tmp_path / "run", **VOTE, credit={"kind": "auto"}))
+    lines = metrics(tmp_path / "run")
+    assert all(line["tokens/counterfactual"] == 0 for line in lines)
+    assert all(0 <= line["credit/voter1/voter1_removal_weight"] <= 1 for line in lines)
+
+
+def test_process_rewards_change_what_the_thinker_is_paid(tmp_path):
+    ccpo.train(recipe(tmp_path / "without", credit={"kind": "shared"}))
+    data = recipe(tmp_path / "with", credit={"kind": "shared"})
+    ccpo.train(data | {"process": 1.0})
+    plain, judged = metrics(tmp_path / "without"), metrics(tmp_path / "with")
+    assert 0 <= judged[0]["credit/thinker/process"] <= 1
+    assert "credit/thinker/process" not in plain[0]
+    assert not same(weights(tmp_path / "without"), weights(tmp_path / "with"))
+
+
+def test_a_budget_of_tokens_ends_the_run_at_the_step_that_reaches_it(tmp_path):
+    data = recipe(tmp_path / "run", credit={"kind": "shared"}, eval={"problems": 8, "during": 4, "every_tokens": 150})
+    data["trainer"] = {"tokens": 600, "save_every": 0}
+    result = ccpo.train(data)
+    lines = metrics(tmp_path / "run")
+    totals = [line["tokens/total"] for line in lines]
+    assert result.finished
+    assert totals[-1] >= 600 > totals[-2]
+    examined = [line["tokens/total"] for line in lines if "eval/team" in line]
+    crossings = {int(total // 150) for total in totals[:-1] if total >= 150}
+    assert {int(total // 150) for total in examined} == crossings
+    logged = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert logged[0]["tokens"] == 0
+    assert logged[-1]["tokens"] == totals[-1]
+
+
+def test_a_falling_rate_needs_to_know_the_last_step():
+    with pytest.raises(UserError, match=r"trainer\.steps"):
+        load_recipe({"trainer": {"tokens": 600}, "optim": {"decay": "linear"}})
+
+
+def refused(**sections) -> str:
+    with pytest.raises(UserError) as caught:
+        prepare(load_recipe(recipe(Path("unused"), **sections)))
+    return str(caught.value)
+
+
+def test_trees_that_do_not_fit_are_refused_before_anything_runs():
+    assert "rollout.samples: 6" in refused(rollout={"branch": [3, 2]})
+    assert "2 or more" in refused(credit={"kind": "auto"}, rollout={"samples": 1})
+
+    async def play(problem, speak):
+        return await speak("solver", problem.text)
+
+    team = PlayTeam("mine", ("solver",), play)
+    with pytest.raises(UserError, match="no levels"):
+        prepare(load_recipe(recipe(Path("unused"), rollout={"branch": [4]})), team=team)
+    assert prepare(load_recipe(recipe(Path("unused"), credit={"kind": "auto"})), team=team).branch == ()
+
+
+def test_the_planner_probes_and_then_uses_what_it_has_seen():
+    planner = Planner(think_solve(), 8)
+    assert planner.branch(0) == (5, 2)  # nothing known: texts cost alike, so five pairs for sixteen texts
+    planner.state = {"costs": [20.0, 2.0], "variances": [0.1, 0.1]}
+    assert planner.branch(1)[1] >= 2
+    assert planner.branch(PROBE_EVERY) == (7, 2)
+    planner.state = {"costs": [10.0, 10.0], "variances": [0.1, 0.1]}
+    assert planner.branch(1) == (8, 1)
+    assert Planner(chain(1), 8).branch(0) == (8,)
