@@ -125,3 +125,21 @@ def test_the_planner_probes_and_then_uses_what_it_has_seen():
     planner.state = {"costs": [10.0, 10.0], "variances": [0.1, 0.1]}
     assert planner.branch(1) == (8, 1)
     assert Planner(chain(1), 8).branch(0) == (8,)
+
+
+def test_the_metrics_of_trees_votes_and_process_rewards_are_documented(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    ccpo.train(recipe(tmp_path / "pair", credit={"kind": "auto"}) | {"process": 0.5})
+    ccpo.train(recipe(tmp_path / "vote", **VOTE, credit={"kind": "auto"}))
+    named = {
+        name.replace("thinker_", "TURN_")
+        .replace("thinker", "AGENT")
+        .replace("voter1_", "TURN_")
+        .replace("voter1", "AGENT")
+        for folder in ("pair", "vote")
+        for name in metrics(tmp_path / folder)[0]
+        if name.startswith(("credit/thinker/", "credit/voter1/", "layout/"))
+    }
+    named = {name.replace("level0", "levelL").replace("level1", "levelL") for name in named}
+    assert {"credit/AGENT/TURN_removal_weight", "layout/levelL_variance", "credit/AGENT/process"} <= named
+    assert {name for name in named if f"`{name}`" not in text} == set()

@@ -11,8 +11,9 @@ Much of that luck can be averaged out or subtracted without a single extra token
    error, which follows from the variances seen in earlier batches.
 
 In all three what is averaged or subtracted does not depend on the text that is paid, given its context: with ``scale: none`` the
-expected gradient is that of shared reward, and a scale changes how much each problem counts, as it does for shared reward. The idea under 1 is Rao and Blackwell's; that under 3 is replay credit's (C3, arXiv 2603.06859) where contexts
-differ much, and leave-one-out's (RLOO, arXiv 2402.14740) where they do not.
+expected gradient is that of shared reward, and a scale changes how much each problem counts, as it does for shared reward.
+The idea under 1 is Rao and Blackwell's; that under 3 is replay credit's (C3, arXiv 2603.06859) where contexts differ much, and
+leave-one-out's (RLOO, arXiv 2402.14740) where they do not.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class AutoCredit(Memoryless):
     """``Q[text] - sum of w_i b_i`` over the baselines b_i; ``[P, N]``, in units of reward (``scale: none``).
 
     ``scale`` weighs problems by how undecided they are: ``mean`` divides by the problem's mean joint reward, as MaxRL does (arXiv
-    2602.02710: the gradient of the logarithm of success), ``group`` by the unbiased deviation of its joint rewards, as GRPO does, ``none`` by nothing.
+    2602.02710: the gradient of the logarithm of success), ``group`` by the unbiased deviation of its joint rewards, as GRPO
+    does, ``none`` by nothing.
     ``decay`` is that of the variances behind the weights, read as they were before the batch.
 
     Raises UserError where a trained agent's text has nothing to be compared with (one rollout a problem, and no vote).
