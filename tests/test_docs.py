@@ -325,6 +325,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "team": {"kind": "think_solve", "prompts": {"thinker": "T{problem}:", "solver": "S{problem}[[:{thinker}]]="}},
         "task": {"kind": "digit_sum", "digits": [2, 3], "size": 50},
         "bootstrap": {"hidden": 32, "layers": 1, "mlp": 48, "steps": 10, "noisy_steps": 1, "batch": 16},
+        "credit": "ccpo_v1",
         "rollout": {"prompts": 4, "samples": 4, "max_tokens": 10, "max_prompt_tokens": 64, "cache": "always"},
         "loss": {"kl": "k3", "kl_coef": 0.01, "importance_cap": 2.0},
         "optim": {"lr": 1e-3, "epochs": 2},

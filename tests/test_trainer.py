@@ -38,6 +38,7 @@ TINY = {
         "batch": 32,
         "lr": 3e-3,
     },
+    "credit": {"kind": "ccpo_v1"},
     "rollout": {"prompts": 4, "samples": 4, "max_tokens": 12, "max_prompt_tokens": 64},
     "optim": {"lr": 1e-3},
     "trainer": {"steps": 4, "save_every": 2},

@@ -257,7 +257,7 @@ class RunConfig(Section):
     team: Part = Part(kind="think_solve")
     task: Part | None = None
     eval: EvalSection = EvalSection()
-    credit: Part = Part(kind="ccpo_v1")
+    credit: Part = Part(kind="auto")
     advantage: Literal["auto", "grpo", "dr_grpo", "rloo", "maxrl", "reinforce++", "none"] = "auto"
     process: float = Field(0.0, ge=0, description="weight of the task's process rewards; 0: they are not asked for")
     rollout: RolloutSection = RolloutSection()
