@@ -63,7 +63,7 @@ def tune_cells(study: Study) -> dict[tuple[str, str], list[tuple[Point, list[Cel
             (point, [make_cell(study, method, task, s, point) for s in study.tune.seeds]) for point in grid
         ]
         for method, task in study.applies()
-        if (grid := points(grid_of(study, method)))
+        if (grid := points(grid_of(study, method, task)))
     }
 
 
@@ -101,12 +101,13 @@ def sweep_cells(study: Study, chosen: Chosen) -> dict[str, list[tuple[Any, list[
     return found
 
 
-def grid_of(study: Study, method: str) -> Grid:
-    """The grid that a method is tuned over; empty where it is not tuned."""
+def grid_of(study: Study, method: str, task: str) -> Grid:
+    """The grid that a method is tuned over on a task: its own, else the task's, else the study's; empty where it is not tuned."""
     spec = study.methods[method]
     if study.tune is None or not spec.train or not spec.tune:
         return {}
-    return study.tune.grid if spec.grid is None else spec.grid
+    own, of_task = spec.grid, study.tasks[task].grid
+    return own if own is not None else of_task if of_task is not None else study.tune.grid
 
 
 def points(grid: Grid) -> list[Point]:
@@ -177,13 +178,13 @@ def check(study: Study) -> None:
     Raises UserError; nothing has run by then, and no model has been loaded.
     """
     _check_owned(study)
-    for method in study.methods:
-        _check_twice(f"the grid of method {method!r}", points(grid_of(study, method)))
+    for method, task in study.applies():
+        _check_twice(f"the grid of method {method!r} on task {task!r}", points(grid_of(study, method, task)))
     for name, sweep in study.sweeps.items():
         _check_twice(f"sweeps.{name}.values", sweep.values)
     owner: dict[str, str] = {}
     for method, task in study.applies():
-        grid = points(grid_of(study, method)) or [{}]
+        grid = points(grid_of(study, method, task)) or [{}]
         for point in grid:
             cell = _check_cell(study, method, task, point)
             other = owner.setdefault(cell.fingerprint, method)

@@ -121,7 +121,7 @@ def tuned(summary: Summary) -> str:
         shown = [f"{score:.3f}" for score in valid[:2]] + ["–"] * (2 - len(valid[:2]))
         names = [cell_text(study.task_label(task)), label_of(summary, method)]
         taken = ", ".join(f"`{cell_text(key)}={cell_text(str(value))}`" for key, value in point.items())
-        rows.append([*names, taken, *shown, f"{len(valid)} of {len(scores)}", edges(study, method, point)])
+        rows.append([*names, taken, *shown, f"{len(valid)} of {len(scores)}", edges(study, method, task, point)])
     text = (
         f"Every trained method tries its whole grid on every task with seeds {', '.join(map(str, study.tune.seeds))}, which the results do not "
         "use; the point with the largest mean accuracy over the budget (area under the learning curve) is taken."
@@ -130,9 +130,9 @@ def tuned(summary: Summary) -> str:
     return section("Tuned hyperparameters", text, folded("each method and task", table(head, rows, "lllrrrl")))
 
 
-def edges(study: Study, method: str, point: Point) -> str:
+def edges(study: Study, method: str, task: str, point: Point) -> str:
     """Keys whose value was taken from an end of a grid of three or more: the best may lie beyond it."""
-    grid = grid_of(study, method)
+    grid = grid_of(study, method, task)
     ends = [key for key, value in point.items() if len(grid[key]) > 2 and value in (grid[key][0], grid[key][-1])]
     return ", ".join(f"`{cell_text(key)}`" for key in ends) or "–"
 

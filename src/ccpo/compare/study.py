@@ -54,6 +54,7 @@ class TaskSpec(StudySection):
         None, description="what the out-of-distribution set changes of the task, or another task (kind)"
     )
     single: Nested = Field({}, description="laid over the recipe for methods of a single agent")
+    grid: Grid | None = Field(None, description="a grid of its own in place of the study's, for methods without one")
 
     @property
     def interval(self) -> int:
