@@ -116,7 +116,7 @@ def test_strip_boxed(text, expected):
 def test_strip_boxed_is_linear_whatever_it_is_fed(text):
     started = time.perf_counter()
     strip_boxed(text)
-    assert time.perf_counter() - started < 2.0
+    assert time.perf_counter() - started < 8.0  # quadratic work would take minutes
 
 
 # --- prompts ------------------------------------------------------------------------------------------------------
