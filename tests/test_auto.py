@@ -75,11 +75,30 @@ def test_auto_on_plain_rollouts_is_leave_one_out():
 def test_auto_in_units_of_the_problems_deviation():
     reward_PN = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
     plain = CreditInputs(agents=("a",), decider="a", active=("a",), reward_PN=reward_PN)
-    outputs, _ = AutoCredit(scale="group")(plain, {})
-    assert outputs.credit["a"][0].tolist() == pytest.approx([2.0, -2 / 3, -2 / 3, -2 / 3])
+    outputs, _ = AutoCredit(scale="deviation")(plain, {})
+    unit = math.sqrt(0.25 * 0.75)
+    assert outputs.credit["a"][0].tolist() == pytest.approx([1 / unit, -1 / 3 / unit, -1 / 3 / unit, -1 / 3 / unit])
     assert outputs.credit["a"][1].tolist() == [0, 0, 0, 0]
-    outputs, _ = AutoCredit(scale="mean")(plain, {})
-    assert outputs.credit["a"][0].tolist() == pytest.approx([4.0, -4 / 3, -4 / 3, -4 / 3])
+    for scale in ("mean", "auto"):  # a text that is no ballot
+        outputs, _ = AutoCredit(scale=scale)(plain, {})
+        assert outputs.credit["a"][0].tolist() == pytest.approx([4.0, -4 / 3, -4 / 3, -4 / 3])
+
+
+def test_a_ballot_is_paid_in_deviations_of_all_the_votes_it_could_have_met():
+    """Worths 0.5, 1, 0, 0.5 over two mixtures: their mean is 0.5, and so is the deviation."""
+    swap_PNS = torch.tensor([[[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]]])
+    inputs = CreditInputs(
+        agents=("v",),
+        decider=None,
+        active=("v",),
+        reward_PN=torch.tensor([[1.0, 1.0, 1.0, 0.0]]),
+        swap={"v": swap_PNS},
+        silent={"v": torch.full((1, 4, 2), 0.5)},
+    )
+    plain, _ = AutoCredit(scale="none")(inputs, {})
+    scaled, _ = AutoCredit()(inputs, {})
+    assert plain.credit["v"][0, 1] > 0 > plain.credit["v"][0, 2]
+    assert scaled.credit["v"][0].tolist() == pytest.approx((plain.credit["v"][0] / 0.5).tolist())
 
 
 def test_a_single_rollout_has_nothing_to_be_held_against():

@@ -108,6 +108,9 @@ def variance(
     batches: Annotated[int, typer.Option(min=3, help="batches of the recipe's problems × samples")] = 32,
     problems: Annotated[int, typer.Option(min=0, help="problems whose turns are replayed; 0: none")] = 16,
     truth: Annotated[int, typer.Option(min=2, help="replays of each text")] = 32,
+    repeat: Annotated[
+        bool, typer.Option("--repeat", help="the same problems in every batch: the noise of sampling alone")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="write the report here")] = None,
     set: Set = None,
 ) -> None:
@@ -118,7 +121,7 @@ def variance(
     from ccpo.display import progress_note
     from ccpo.runfolder import write_json
 
-    effort = Effort(batches=batches, problems=problems, truth=truth)
+    effort = Effort(batches=batches, problems=problems, truth=truth, repeat=repeat)
     names = [name.strip() for name in rules.split(",")] if rules is not None else []
     with progress_note("loading") as note:
         report = probe(source, rules=names, advantage=advantage, overrides=set or (), effort=effort, note=note)

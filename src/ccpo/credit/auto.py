@@ -51,15 +51,16 @@ from ccpo.types import CreditInputs, CreditOutputs, TreePlace
 class AutoCredit(Memoryless):
     """``Q[text] - sum of w_i b_i`` over the baselines b_i; ``[P, N]``, in units of reward (``scale: none``).
 
-    ``scale`` weighs problems by how undecided they are: ``mean`` divides by the problem's mean joint reward, as MaxRL does (arXiv
-    2602.02710: the gradient of the logarithm of success), ``group`` by the unbiased deviation of its joint rewards, as GRPO
-    does, ``none`` by nothing.
+    ``scale`` weighs problems by how undecided they are. With ``m`` the problem's mean reward, of a ballot over all mixtures: ``mean`` divides
+    by ``m``, as MaxRL does (arXiv 2602.02710: the gradient of the logarithm of success); ``deviation`` by ``sqrt(m (1 - m))``, the deviation
+    of a reward of 0 or 1, as GRPO does with its estimate from N samples; ``none`` by nothing; ``auto`` is ``deviation`` for
+    ballots and ``mean`` for other texts, which is what learned fastest (docs/log.md).
     ``decay`` is that of the variances behind the weights, read as they were before the batch.
 
     Raises UserError where a trained agent's text has nothing to be compared with (one rollout a problem, and no vote).
     """
 
-    scale: str = "mean"
+    scale: str = "auto"
     decay: float = 0.9
 
     pairing: ClassVar[str | None] = None
@@ -68,7 +69,7 @@ class AutoCredit(Memoryless):
     swaps: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        one_of("credit.scale", self.scale, ["group", "mean", "none"])
+        one_of("credit.scale", self.scale, ["auto", "deviation", "mean", "none"])
         number_in("credit.decay", self.decay, 0.0, 1.0)
 
     def __call__(self, inputs: CreditInputs, state: Mapping[str, Any]) -> tuple[CreditOutputs, State]:
@@ -78,31 +79,34 @@ class AutoCredit(Memoryless):
         for agent in inputs.active:
             places = turn_places(inputs, agent)
             for turn, place in places.items():
-                value_PCS = _worth(inputs, turn, place)
+                worth_PN = _worth(inputs, turn)
+                value_PCS = node_values(worth_PN, place)
                 removal_PC1 = _without(inputs, turn, place)
                 known = _read(state.get(turn))
                 weights = _weights(place, known, has_removal=removal_PC1 is not None)
                 credit_PCS = value_PCS - _baseline(value_PCS, removal_PC1, weights)
-                turn_credit[turn] = self._scaled(spread_out(credit_PCS, place), inputs.reward_PN)
+                turn_credit[turn] = self._scaled(
+                    spread_out(credit_PCS, place), worth_PN, is_ballot=removal_PC1 is not None
+                )
                 after[turn] = _fold(state.get(turn), _seen(value_PCS, removal_PC1), self.decay)
                 metrics |= {f"credit/{agent}/{turn}_{name}_weight": weight for name, weight in weights.items()}
             credit[agent] = sum(turn_credit[turn] for turn in places) / len(places)
         return CreditOutputs(credit=credit, turn_credit=turn_credit, metrics=metrics | mean_credit(credit)), after
 
-    def _scaled(self, credit_PN: Tensor, reward_PN: Tensor) -> Tensor:
-        if self.scale == "none":
+    def _scaled(self, credit_PN: Tensor, worth_PN: Tensor, *, is_ballot: bool) -> Tensor:
+        scale = self.scale if self.scale != "auto" else "deviation" if is_ballot else "mean"
+        if scale == "none":
             return credit_PN
-        reward64_PN = reward_PN.double()
-        unit_P1 = (reward64_PN.std if self.scale == "group" else reward64_PN.mean)(1, keepdim=True)
+        mean_P1 = worth_PN.double().mean(1, keepdim=True)
+        unit_P1 = (mean_P1 * (1 - mean_P1)).clamp(min=0).sqrt() if scale == "deviation" else mean_P1
         flat_P1 = unit_P1 < 1e-9
         return torch.where(flat_P1, 0.0, credit_PN / torch.where(flat_P1, 1.0, unit_P1)).to(credit_PN.dtype)
 
 
-def _worth(inputs: CreditInputs, turn: str, place: TreePlace) -> Tensor:
-    """What each text is worth, ``[P, C, S]``: over all plays of it, and over all votes that its ballot could have met."""
+def _worth(inputs: CreditInputs, turn: str) -> Tensor:
+    """What the text of each rollout is worth, ``[P, N]``: over all votes that its ballot could have met, else as it was played."""
     swap_PNS = inputs.swap.get(turn)
-    reward_PN = inputs.reward_PN if swap_PNS is None else swap_PNS.to(inputs.reward_PN).mean(2)
-    return node_values(reward_PN, place)
+    return inputs.reward_PN if swap_PNS is None else swap_PNS.to(inputs.reward_PN).mean(2)
 
 
 def _without(inputs: CreditInputs, turn: str, place: TreePlace) -> Tensor | None:

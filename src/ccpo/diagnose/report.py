@@ -22,7 +22,7 @@ def variance_tables(report: Mapping[str, Any], console: Console | None = None) -
     console = console or Console()
     rules: Mapping[str, Any] = report["rules"]
     console.print(
-        f"{escape(report['subject'])}: {report['batches']} batches of {report['prompts']} problems × "
+        f"{escape(report['subject'])}: {report['batches']} batches of {'the same ' if report['repeat'] else ''}{report['prompts']} problems × "
         f"{report['samples']} rollouts, {report['seconds']:.0f} s",
         highlight=False,
     )

@@ -26,7 +26,8 @@ class Subject:
 
     ``active``: the agents whose gradients are measured. ``objective``: the policy loss, without KL and entropy, at the
     sampling policy. ``prompts``, ``samples``, ``draws``: P, N and M of a batch. ``compute``: the dtype of matrix products
-    in forward and backward passes. ``free_removals``: no agent's removal decodes anything.
+    in forward and backward passes. ``free_removals``: no agent's removal decodes anything. ``repeat``: every batch has the problems
+    of the first.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Subject:
     seed: int = 0
     compute: torch.dtype = torch.float32
     free_removals: bool = False
+    repeat: bool = False
 
     def policy_of(self, agent: str) -> Policy:
         return self.policies[self.voices[agent].policy]
@@ -66,7 +68,7 @@ class Subject:
             self.task,
             self.voices,
             self.limits,
-            [self.task[i] for i in sampler.indices(number)],
+            [self.task[i] for i in sampler.indices(0 if self.repeat else number)],
             Ask(
                 samples=math.prod(branch) if branch else self.samples,
                 branch=branch,

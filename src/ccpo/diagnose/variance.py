@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,13 +36,15 @@ REFERENCE = ""  # no contender's name is empty
 class Effort:
     """How much is measured. ``batches``: of P x N rollouts, each an estimate of the gradient; ``warm``: earlier ones, for rules that
     remember; ``exact``: batches whose norms are also taken over all weights. ``problems`` are replayed with ``truth`` draws a
-    text for the credit's fidelity (0: none). ``buckets``: J. Raises UserError for what cannot be measured."""
+    text for the credit's fidelity (0: none). ``repeat``: every batch has the same problems, so that only sampling is noise and not
+    which problems a batch happens to have. ``buckets``: J. Raises UserError for what cannot be measured."""
 
     batches: int = 32
     warm: int = 4
     exact: int = 2
     problems: int = 16
     truth: int = 32
+    repeat: bool = False
     buckets: int = BUCKETS
 
     def __post_init__(self) -> None:
@@ -59,6 +61,7 @@ def probe_variance(
     Raises UserError where two contenders have one name, or none of the agents is trained.
     """
     _check(subject, contenders)
+    subject = replace(subject, repeat=effort.repeat)
     started = time.monotonic()
     probe = _Probe(subject, contenders, effort)
     for number in range(effort.warm + effort.batches):
@@ -76,6 +79,7 @@ def probe_variance(
         "batches": effort.batches,
         "prompts": subject.prompts,
         "samples": subject.samples,
+        "repeat": subject.repeat,
         "removal": str(subject.removal),
         "weights": {name: sketch.size for name, sketch in probe.sketches.items()},
         "buckets": effort.buckets,
