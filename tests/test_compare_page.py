@@ -36,6 +36,7 @@ TASK = {"recipe": {"task": "digit_sum"}, "tokens": 40_000, "label": "digit sums"
 STUDY: dict[str, Any] = {
     "name": "pages",
     "title": "Which | rule?",
+    "notes": "Read **this** first.",
     "base": {"rollout": {"prompts": 4, "samples": 4}},
     "tasks": {
         "sums": TASK,
@@ -163,6 +164,7 @@ def rows_of(text: str, heading: str) -> list[list[str]]:
 def test_the_page_has_every_part(whole):
     text = page(whole, {"curves": "figures/curves.png"}, "ccpo compare pages.yaml")
     assert text.startswith("# Which \\| rule?\n")
+    assert "\n\nRead **this** first.\n\n## " in text
     for heading in (
         *(
             "removal credit against shared reward",

@@ -276,6 +276,7 @@ def test_fingerprints_do_not_depend_on_what_shapes_no_result():
         ("tasks.sums.label", "another"),
         ("seeds", 7),
         ("title", "another"),
+        ("notes", "another"),
         ("base.optim.lr", 0.001),
     ):
         assert make_cell(changed(path, value), "shared", "sums", 0, {}).fingerprint == base, path

@@ -370,3 +370,23 @@ def test_weighted_scores_are_the_learners_gradient(loss: str, aggregate: str):
 def longer(row: TrainRow, count: int) -> TrainRow:
     """The row with its letter said so many times."""
     return replace(row, token_ids=row.token_ids * count, engine_logprobs=row.engine_logprobs * count)
+
+
+# ---- the same problems again
+
+
+def test_repeated_batches_have_the_same_problems_and_other_samples():
+    team = voters(prompts=3, samples=2)
+    again = replace(team, repeat=True)
+
+    def asked(subject, number):
+        return [group.problem.id for group in subject.play(number, frozenset()).groups]
+
+    assert asked(again, 0) == asked(again, 5) == asked(team, 0) != asked(team, 5)
+    texts = [
+        [turn.completion.text for g in again.play(n, frozenset()).groups for r in g.rollouts for turn in r.turns]
+        for n in range(2)
+    ]
+    assert texts[0] != texts[1]
+    found = probe_variance(team, [rule("shared/none")], Effort(batches=3, problems=0, repeat=True))
+    assert found["repeat"] is True

@@ -20,6 +20,7 @@ def page(summary: Summary, figures: Mapping[str, str], command: str) -> str:
         f"# {cell_text(study.title or study.name)}",
         f"Made by `{command}`; edits would be lost. {machine_line(summary)}",
         _warnings(summary),
+        (study.notes or "").strip(),
         _headline(summary),
         _final(summary, figures),
         _curves(figures),

@@ -117,6 +117,7 @@ class Study(StudySection):
 
     name: Name
     title: str | None = None
+    notes: str | None = Field(None, description="what its author has to say on top of the page, in Markdown")
     base: Nested = Field({})
     tasks: dict[Name, TaskSpec] = Field(min_length=1)
     methods: dict[Name, MethodSpec] = Field(min_length=1)
