@@ -188,7 +188,7 @@ def test_the_page_shows_each_number_in_its_place(whole):
     final = {row[0]: row[1:] for row in rows_of(text, "### Held-out problems")}
     assert final["**shared reward**"][0] == estimate(whole.entry("shared", "sums").final)
     assert final["**shared reward**"][1] == estimate(whole.entry("shared", "long").final)
-    assert final["own"][0] == "– (the thinker has no answer)"
+    assert final["own"][0] == "– ([why](#empty-cells))"
     assert final["own"][3].endswith("(1 tasks)")
     tokens = {row[0]: row[1:] for row in rows_of(text, "## Tokens to the mark")}
     assert tokens["**removal credit**"][:2] == [

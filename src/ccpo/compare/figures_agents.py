@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,7 +50,8 @@ def credit_boxes(summary: Summary) -> Any:
     )
     for row, task in zip(axes, tasks, strict=True):
         for axis, method in zip(row, methods, strict=True):
-            axis.set_title(f"{summary.study.task_label(task)}\n{summary.study.method_label(method)}", fontsize=8)
+            names = (summary.study.task_label(task), summary.study.method_label(method))
+            axis.set_title("\n".join(textwrap.fill(name, 30) for name in names), fontsize=8)
             entry = found.get((method, task))
             if entry is None:
                 axis.text(0.5, 0.5, "no result", ha="center", color="#999999", transform=axis.transAxes)
@@ -87,7 +89,7 @@ def _credit_panel(axis: Any, entry: Entry, agents: Sequence[str]) -> None:
                 manage_ticks=False,
             )
     axis.axhline(0, color="#888888", linewidth=0.7)
-    axis.set_xticks(range(len(agents)), agents, fontsize=7)
+    axis.set_xticks(range(len(agents)), agents, fontsize=7 if len(agents) <= 3 else 5.5)
     axis.set_xlim(-0.55, len(agents) - 0.45)
     axis.tick_params(axis="y", labelsize=7)
 

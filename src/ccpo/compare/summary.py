@@ -259,10 +259,9 @@ def label_of(summary: Summary, method: str) -> str:
 
 
 def missing(summary: Summary, method: str, task: str) -> str:
-    """What stands in the place of a result: the reason why there is none."""
-    reason = summary.study.empty_reason(method, task)
-    if reason is not None:
-        return f"– ({cell_text(reason)})"
+    """What stands in the place of a result."""
+    if summary.study.empty_reason(method, task) is not None:
+        return "– ([why](#empty-cells))"
     return "– (failed)" if summary.failures.get((method, task)) else "– (not run yet)"
 
 
