@@ -23,7 +23,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "types": (set(), TORCH),
     "errors": (set(), set()),
     "imports": ({"errors"}, set()),
-    "plain_yaml": (set(), {"yaml"}),
+    "plain_yaml": ({"errors"}, {"yaml"}),
     "explain": ({"errors"}, {"pydantic"}),
     "config": ({"errors", "explain", "plain_yaml"}, {"pydantic", "yaml"}),
     "schedule": ({"errors"}, set()),

@@ -469,3 +469,13 @@ def test_the_shapley_table_is_the_one_that_the_theory_tests_compute():
     assert "| Shapley value, voting | " + " | ".join(columns) + " |" in page("rules.md")
     for i, numbers in enumerate(columns.values(), start=1):
         assert [float(row[i]) for row in table] == numbers
+
+
+# ---- the headline
+
+
+def test_the_intervals_in_the_readme_are_those_of_the_evidence():
+    claims = re.findall(r"\d+\.\d+ \[\d+\.\d+, \d+\.\d+\]", (ROOT / "README.md").read_text())
+    assert claims, "the README states the headline result with its interval"
+    evidence = page("evidence.md")
+    assert [claim for claim in claims if claim not in evidence] == []

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from ccpo.errors import UserError, nearest
 from ccpo.explain import explain
-from ccpo.plain_yaml import parse_yaml
+from ccpo.plain_yaml import parse_yaml, read_mapping
 
 Share = Annotated[float, Field(ge=0, le=1)]
 UNLIMITED = 1_000_000  # steps of a run that only its budget of tokens ends
@@ -290,7 +290,7 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
         data, where = _plain(source), "recipe"
     else:
         path = find_recipe(source)
-        data, where = _read_yaml(path), path.name
+        data, where = read_mapping(path, "a recipe is a mapping of sections (run, model, team, task, …)"), path.name
     for override in overrides:
         _apply(data, override)
     try:
@@ -323,18 +323,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     return value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(
-            f"{path}: a recipe is a mapping of sections (run, model, team, task, …); found {type(data).__name__}"
-        )
-    return data
 
 
 def _apply(data: dict[str, Any], override: str) -> None:

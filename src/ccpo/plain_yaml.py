@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from ccpo.errors import UserError
+
+
+def read_mapping(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a file. ``what``: "a recipe is a mapping of …". Raises UserError where it is not YAML, or not a mapping."""
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: {what}; found {type(data).__name__}")
+    return data
 
 
 def parse_yaml(text: str) -> Any:

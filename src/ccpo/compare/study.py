@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from ccpo.config import Section
 from ccpo.errors import UserError, nearest
 from ccpo.explain import explain
-from ccpo.plain_yaml import parse_yaml
+from ccpo.plain_yaml import read_mapping
 
 Nested = dict[str, Any]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_+-]*$", max_length=40)]
@@ -249,7 +248,7 @@ def load_study(source: str | Path | Mapping[str, Any]) -> Study:
         data, where = dict(source), "study"
     else:
         path = _find(source)
-        data, where = _read(path), path.name
+        data, where = read_mapping(path, "a study is a mapping (name, base, tasks, methods, seeds, …)"), path.name
     try:
         return Study.model_validate(data)
     except ValidationError as error:
@@ -266,15 +265,3 @@ def _find(source: str | Path) -> Path:
     raise UserError(
         f"No study at {str(source)!r}: neither a file nor a shipped study ({', '.join(shipped)}).{nearest(path.stem, shipped)}"
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict):
-        raise UserError(
-            f"{path}: a study is a mapping (name, base, tasks, methods, seeds, …); found {type(data).__name__}"
-        )
-    return data
