@@ -91,7 +91,7 @@ MEANINGS = {
     ),
     "optim.lr": "learning rate",
     "optim.warmup_steps": "steps of linear warm-up",
-    "optim.decay": "what follows the warm-up, to 0 at `trainer.steps`",
+    "optim.decay": "what follows the warm-up, to 0 at `trainer.steps` or when `trainer.tokens` are spent",
     "optim.betas": "of AdamW",
     "optim.eps": "of AdamW",
     "optim.weight_decay": "of AdamW",

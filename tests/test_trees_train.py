@@ -92,9 +92,19 @@ def test_a_budget_of_tokens_ends_the_run_at_the_step_that_reaches_it(tmp_path):
     assert logged[-1]["tokens"] == totals[-1]
 
 
-def test_a_falling_rate_needs_to_know_the_last_step():
-    with pytest.raises(UserError, match=r"trainer\.steps"):
-        load_recipe({"trainer": {"tokens": 600}, "optim": {"decay": "linear"}})
+def test_a_falling_rate_falls_with_the_budget_of_tokens(tmp_path):
+    data = recipe(tmp_path / "run", credit={"kind": "shared"})
+    data["trainer"] = {"tokens": 600, "save_every": 0}
+    data["optim"] = {"lr": 1e-3, "decay": "linear"}
+    ccpo.train(data)
+    lines = metrics(tmp_path / "run")
+    spent = [line["tokens/total"] - line["tokens/joint"] for line in lines]  # before the step
+    assert len(lines) >= 3
+    for line, before in zip(lines, spent, strict=True):
+        # a step counts its own rollouts after its update, and shared reward has no others
+        for agent in ("thinker", "solver"):
+            rate = line.get(f"actor/{agent}/lr")
+            assert rate is None or rate == pytest.approx(1e-3 * (1 - before / 600))
 
 
 def refused(**sections) -> str:

@@ -498,6 +498,8 @@ def test_the_learning_rate_over_a_run():
     cosine = [lr_factor(s, warmup_steps=0, decay="cosine", total_steps=4) for s in (0, 2, 4, 9)]
     assert cosine == pytest.approx([1.0, 0.5, 0.0, 0.0])
     assert {lr_factor(s, warmup_steps=0, decay="constant", total_steps=4) for s in (0, 3, 99)} == {1.0}
+    by_tokens = [lr_factor(s, warmup_steps=1, decay="linear", total_steps=100, spent=s / 4) for s in range(5)]
+    assert by_tokens == [1.0, 0.75, 0.5, 0.25, 0.0]
     with pytest.raises(UserError, match="Did you mean 'cosine'"):
         lr_factor(0, warmup_steps=0, decay="cosin", total_steps=1)
 

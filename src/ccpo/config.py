@@ -273,10 +273,6 @@ class RunConfig(Section):
                 f"optim.minibatches is {self.optim.minibatches} but a step has only rollout.prompts = "
                 f"{self.rollout.prompts} problems to split; lower it or raise rollout.prompts"
             )
-        if self.trainer.steps == UNLIMITED and self.optim.decay != "constant":
-            raise ValueError(
-                f"optim.decay is {self.optim.decay!r}, which needs to know the last step; set trainer.steps beside trainer.tokens"
-            )
         return self
 
 

@@ -84,6 +84,12 @@ class Trainer:
         trainer = self.config.trainer
         return self.step >= trainer.steps or (trainer.tokens is not None and self.tokens >= trainer.tokens)
 
+    @property
+    def _spent(self) -> float:
+        """The share of the token budget that is gone; 0 where there is none."""
+        budget = self.config.trainer.tokens
+        return min(1.0, self.tokens / budget) if budget else 0.0
+
     def _examines(self, spent: int) -> bool:
         """Whether an evaluation is due after the step that began with ``spent`` tokens."""
         by_steps, by_tokens = self.config.trainer.eval_every, self.config.eval.every_tokens
@@ -111,7 +117,7 @@ class Trainer:
             played, outputs, advantage, by_turn, self.payroll.solo(outputs), self.config.optim.minibatches
         )
         credit_seconds = time.monotonic() - started
-        stats = self.crew.learner.step(rows, step=self.step, failure_folder=self.folder.failure)
+        stats = self.crew.learner.step(rows, step=self.step, failure_folder=self.folder.failure, spent=self._spent)
         started = time.monotonic()
         self.crew.refresh()
         refresh_seconds = time.monotonic() - started

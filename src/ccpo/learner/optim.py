@@ -15,12 +15,13 @@ DECAYS = ("constant", "linear", "cosine")
 FUSED = ("cpu", "cuda")
 
 
-def lr_factor(step: int, *, warmup_steps: int, decay: str, total_steps: int) -> float:
+def lr_factor(step: int, *, warmup_steps: int, decay: str, total_steps: int, spent: float = 0.0) -> float:
     """The factor of the learning rate in trainer step ``step``, counted from 0.
 
     Rises as ``(step + 1) / warmup_steps`` to 1, then stays ("constant"), or falls with
     ``x = (step - warmup_steps) / (total_steps - warmup_steps)`` as ``1 - x`` ("linear") or ``(1 + cos(pi x)) / 2``
-    ("cosine"), to reach 0 at ``total_steps``, which is not run. Raises UserError for an unknown decay.
+    ("cosine"), to reach 0 at ``total_steps``, which is not run. ``spent`` is the share of another budget that is gone, of generated
+    tokens: ``x`` is no less than it. Raises UserError for an unknown decay.
     """
     if decay not in DECAYS:
         raise UserError(f"optim.decay is {decay!r}; it is one of {', '.join(DECAYS)}.{nearest(decay, DECAYS)}")
@@ -28,7 +29,7 @@ def lr_factor(step: int, *, warmup_steps: int, decay: str, total_steps: int) -> 
         return (step + 1) / warmup_steps
     if decay == "constant":
         return 1.0
-    x = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    x = min(1.0, max(spent, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
     return 1.0 - x if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * x))
 
 

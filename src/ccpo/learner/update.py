@@ -105,19 +105,23 @@ class Learner:
         wanted = trained if self.objective.needs_reference else {}
         self._references = {name: Reference(policy) for name, policy in wanted.items()}
 
-    def step(self, minibatches: Sequence[Sequence[TrainRow]], *, step: int, failure_folder: Path) -> UpdateStats:
+    def step(
+        self, minibatches: Sequence[Sequence[TrainRow]], *, step: int, failure_folder: Path, spent: float = 0.0
+    ) -> UpdateStats:
         """Train on ``minibatches``: one update of each policy with rows, for each of them, in each epoch.
 
         The losses of agents that share a policy are averaged each over its own rows, and summed. Rows whose advantage
         is exactly 0 have no gradient unless there is a KL or entropy term: they are counted in the means and not run
         (so the metrics over tokens are those of the rows that were). A policy none of whose rows has a gradient is not
-        updated at all, not even by momentum or weight decay; ``updates_skipped`` counts that.
+        updated at all, not even by momentum or weight decay; ``updates_skipped`` counts that. ``spent``: the share of the
+        run's token budget that is gone, for the decay of the learning rate.
 
         Raises RunFailure for a loss or gradient that is not finite, with that policy's weights as they were before the
         update and the batch in ``failure_folder``; ValueError for rows of a policy that is unknown or not trained.
         """
         started = time.perf_counter()
         meters = Meters()
+        factor = lr_factor(step, spent=spent, **self._schedule)
         work = [self._prepare(rows, meters) for rows in minibatches]
         for name in self.optimizers:
             self._recall(name, [shares[name] for shares in work if name in shares], meters)
@@ -126,7 +130,7 @@ class Learner:
             for shares_by_policy in work:
                 for name, shares in shares_by_policy.items():
                     fresh = self.policies[name].version == versions[name]
-                    self._update(name, shares, meters, step=step, fresh=fresh, failure_folder=failure_folder)
+                    self._update(name, shares, meters, factor, step=step, fresh=fresh, failure_folder=failure_folder)
         return UpdateStats(metrics=meters.read(), seconds=time.perf_counter() - started)
 
     # --- before the first update --------------------------------------------------------------------------------------
@@ -202,7 +206,15 @@ class Learner:
     # --- one update ---------------------------------------------------------------------------------------------------
 
     def _update(
-        self, name: str, shares: list[Share], meters: Meters, *, step: int, fresh: bool, failure_folder: Path
+        self,
+        name: str,
+        shares: list[Share],
+        meters: Meters,
+        factor: float,
+        *,
+        step: int,
+        fresh: bool,
+        failure_folder: Path,
     ) -> None:
         agents = [share.agent for share in shares]
         live = [(share, number, batch) for share in shares for number, batch in enumerate(share.batches)]
@@ -215,7 +227,7 @@ class Learner:
         losses = self._backward(name, live, meters, fresh=fresh)
         norm = optimizer.clip()
         self._check(name, losses, norm, live, step, failure_folder)
-        rate = optimizer.step(lr_factor(step, **self._schedule))
+        rate = optimizer.step(factor)
         for agent in agents:
             own = [loss for loss, (share, _, _) in zip(losses, live, strict=True) if share.agent == agent]
             meters.mean(agent, "loss", torch.stack(own).sum() if own else 0.0)
