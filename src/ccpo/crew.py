@@ -126,13 +126,7 @@ def make_learner(config: RunConfig, policies: Mapping[str, Policy]) -> Learner:
     loss, optim = config.loss, config.optim
     return Learner(
         policies,
-        loss=loss.kind,
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        dual_clip=loss.dual_clip,
-        aggregate=loss.aggregate,
-        constant=loss.constant,
-        ratio_over=loss.ratio_over,
+        **policy_loss(config),
         kl=loss.kl,
         kl_coef=loss.kl_coef,
         entropy_coef=loss.entropy_coef,
@@ -142,3 +136,17 @@ def make_learner(config: RunConfig, policies: Mapping[str, Policy]) -> Learner:
         compute=DTYPES[config.model.compute],
         **optim.model_dump(exclude={"lr", "minibatches"}),
     )
+
+
+def policy_loss(config: RunConfig) -> dict[str, Any]:
+    """The settings of the recipe's policy loss and of its mean, without KL and entropy."""
+    loss = config.loss
+    return {
+        "loss": loss.kind,
+        "clip_low": loss.clip_low,
+        "clip_high": loss.clip_high,
+        "dual_clip": loss.dual_clip,
+        "aggregate": loss.aggregate,
+        "constant": loss.constant,
+        "ratio_over": loss.ratio_over,
+    }

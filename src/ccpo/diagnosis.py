@@ -13,7 +13,7 @@ from ccpo import credit as credit_rules
 from ccpo.build import Setup, branch_of, build_part, prepare
 from ccpo.config import Part, RunConfig, load_recipe
 from ccpo.credit.base import one_of
-from ccpo.crew import DTYPES, Crew
+from ccpo.crew import DTYPES, Crew, policy_loss
 from ccpo.diagnose import Contender, Effort, Subject, probe_variance
 from ccpo.errors import UserError
 from ccpo.learner.logprobs import compute_dtype
@@ -99,16 +99,7 @@ def _frozen(setup: Setup, crew: Crew, folder: RunFolder | None, reporter: Report
 
 def _objective(config: RunConfig) -> Objective:
     """The recipe's policy loss alone: KL and entropy are no part of the credit's gradient."""
-    loss = config.loss
-    return Objective(
-        loss=loss.kind,
-        clip_low=loss.clip_low,
-        clip_high=loss.clip_high,
-        dual_clip=loss.dual_clip,
-        aggregate=loss.aggregate,
-        constant=loss.constant,
-        ratio_over=loss.ratio_over,
-    )
+    return Objective(**policy_loss(config))
 
 
 def contenders(setup: Setup, names: Sequence[str], advantage: str | None = None) -> list[Contender]:
