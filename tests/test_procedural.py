@@ -16,7 +16,7 @@ from ccpo import bootstrap as base
 from ccpo.config import BootstrapSection
 from ccpo.errors import UserError
 from ccpo.tasks.procedural import ChainSum, DigitSum, ProceduralTask, TruthChoice, scratchpad
-from ccpo.teams import PlayTeam, Team, chain, manager_workers, think_solve, voting
+from ccpo.teams import PlayTeam, Team, chain, manager_workers, single, think_solve, voting
 from ccpo.types import Problem
 
 PLAYED = [
@@ -26,8 +26,12 @@ PLAYED = [
     (chain(4), ChainSum(parts=4)),
     (manager_workers(3), ChainSum()),
     (manager_workers(2), ChainSum(parts=2, digits=(2, 5))),
+    (single(), DigitSum()),
+    (single(), DigitSum(graded=True)),
+    (single(), TruthChoice()),
+    (single(), ChainSum()),
 ]
-IDS = [f"{team.name}{len(team.agents)}-{task.name}" for team, task in PLAYED]
+IDS = [f"{number}-{team.name}{len(team.agents)}-{task.name}" for number, (team, task) in enumerate(PLAYED)]
 TASKS = [DigitSum, TruthChoice, ChainSum]
 
 
@@ -248,6 +252,13 @@ def test_a_lesson_is_every_turn_through_the_teams_own_prompts():
             (f"S{problem.text}:{thought}=", problem.answer),
         ], number
         assert all(target[-1] == tokenizer.eos_token_id for _, target, _ in pairs)
+
+
+def test_a_lesson_that_the_base_model_could_not_write_is_refused():
+    """A character that the tokenizer does not know is dropped by it in silence, and would never be learned."""
+    made = base.Lessons(TEAM, DigitSum(), BootstrapSection(), base.character_tokenizer("0123456789+TS:"))
+    with pytest.raises(ValueError, match="alphabet"):
+        made.lesson(noisy=False)
 
 
 def test_the_share_of_lessons_without_the_thought_is_as_asked():

@@ -79,8 +79,14 @@ def bootstrap(
 
 def _fingerprint(team: Team, task: ProceduralTask, section: BootstrapSection) -> str:
     turns = [(t.name, t.template) for t in team.turns]
-    recipe = json.dumps([VERSION, turns, repr(task), section.model_dump(exclude={"cache"})], sort_keys=True)
+    characters = _characters(team, task)
+    recipe = json.dumps([VERSION, turns, characters, repr(task), section.model_dump(exclude={"cache"})], sort_keys=True)
     return hashlib.sha256(recipe.encode()).hexdigest()[:16]
+
+
+def _characters(team: Team, task: ProceduralTask) -> str:
+    """Every character that the base model can read and write."""
+    return "".join(sorted(set(task.alphabet + "".join(t.template for t in team.turns))))
 
 
 def character_tokenizer(alphabet: str):
@@ -111,7 +117,7 @@ def train_base(team: Team, task: ProceduralTask, section: BootstrapSection, repo
     """Train the base model; returns it with its tokenizer."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    tokenizer = character_tokenizer(task.alphabet + "".join(t.template for t in team.turns))
+    tokenizer = character_tokenizer(_characters(team, task))
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=section.hidden,
@@ -220,7 +226,12 @@ class Lessons:
         return noise if isinstance(noise, float) else noise.get(turn, 0.0)
 
     def _ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != len(text):  # an unknown character is dropped in silence, and would never be learned
+            raise ValueError(
+                f"task {self.task.name!r} says {text!r}, which its alphabet {self.task.alphabet!r} cannot write"
+            )
+        return ids
 
 
 def _imitate(model, pairs: Sequence[Pair]) -> tuple[Tensor, float]:

@@ -107,7 +107,7 @@ class DigitSum(ProceduralTask):
     digits: tuple[int, int] = (3, 9)
     graded: bool = False
     name = "digit_sum"
-    alphabet = "0123456789+ "
+    alphabet = "0123456789+ ="
 
     def __post_init__(self) -> None:
         super().__post_init__()
