@@ -100,6 +100,7 @@ def test_a_falling_rate_falls_with_the_budget_of_tokens(tmp_path):
     lines = metrics(tmp_path / "run")
     spent = [line["tokens/total"] - line["tokens/joint"] for line in lines]  # before the step
     assert len(lines) >= 3
+    assert any("actor/solver/lr" in line for line in lines[1:])
     for line, before in zip(lines, spent, strict=True):
         # a step counts its own rollouts after its update, and shared reward has no others
         for agent in ("thinker", "solver"):

@@ -88,7 +88,7 @@ class Trainer:
     def _spent(self) -> float:
         """The share of the token budget that is gone; 0 where there is none."""
         budget = self.config.trainer.tokens
-        return min(1.0, self.tokens / budget) if budget else 0.0
+        return self.tokens / budget if budget else 0.0
 
     def _examines(self, spent: int) -> bool:
         """Whether an evaluation is due after the step that began with ``spent`` tokens."""
