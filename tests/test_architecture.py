@@ -23,6 +23,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "types": (set(), TORCH),
     "errors": (set(), set()),
     "imports": ({"errors"}, set()),
+    "families": (set(), set()),
     "plain_yaml": ({"errors"}, {"yaml"}),
     "explain": ({"errors"}, {"pydantic"}),
     "config": ({"errors", "explain", "plain_yaml"}, {"pydantic", "yaml"}),
@@ -33,9 +34,9 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "losses": (PURE, TORCH),
     "teams": (PURE | BASE, None),
     "tasks": (PURE | BASE, None),
-    "engines": (PURE | BASE, None),
+    "engines": (PURE | BASE | {"families"}, None),
     "rollout": (PURE | BASE | {"teams", "tasks", "engines"}, TORCH),
-    "learner": (PURE | BASE | {"losses"}, None),
+    "learner": (PURE | BASE | {"families", "losses"}, None),
     "diagnose": (
         PURE | {"credit", "learner", "losses", "pay", "planner", "rollout", "schedule", "tasks", "teams"},
         {"torch", "rich"},
@@ -43,6 +44,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
 }
 WIRING = {"cli", "__main__"}  # imported by nobody
 TOP = {
+    "bench",
     "compare",
     "bootstrap",
     "build",
@@ -64,6 +66,8 @@ STDLIB = set(sys.stdlib_module_names)
 
 def part_of(path: Path) -> str:
     inside = path.relative_to(SRC)
+    if inside.stem == "__main__":
+        return "__main__"  # `python -m ccpo.bench` is the command line too
     return inside.parts[0] if len(inside.parts) > 1 else inside.stem
 
 

@@ -17,8 +17,9 @@ from torch.nn import functional as F  # noqa: N812
 from ccpo.engines import native
 from ccpo.engines.base import batches, make_engine
 from ccpo.engines.finish import decoder
-from ccpo.engines.weights import native_dtype, supports
+from ccpo.engines.weights import native_dtype
 from ccpo.errors import RunFailure, UserError
+from ccpo.families import unsupported
 from ccpo.types import FinishReason, Request
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -254,7 +255,7 @@ def test_each_adapter_speaks_for_itself():
 def test_adapters_that_cannot_be_merged_go_to_transformers():
     plan = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
     model = get_peft_model(tiny_model(), plan, adapter_name="thinker")
-    assert "variant" in supports(model, "thinker")
+    assert "variant" in unsupported(model, "thinker")
     assert type(make_engine(model, TOKENIZER)).__name__ == "TransformersEngine"
     with pytest.raises(UserError, match=r"'thinkr' is unknown.*Did you mean 'thinker'"):
         make_engine(model, TOKENIZER, adapter="thinkr")
@@ -308,7 +309,7 @@ def test_default_dtypes():
 )
 def test_unsupported_models_are_named_and_still_run(family, overrides, word):
     model = tiny_model(family, **overrides)
-    assert word in supports(model)
+    assert word in unsupported(model)
     with pytest.raises(UserError, match=word):
         make_engine(model, TOKENIZER, kind="native")
     (done,) = make_engine(model, TOKENIZER).generate([Request(prompt_ids=(9, 10, 11), seed=0, max_tokens=12)])

@@ -75,6 +75,40 @@ def test_inverse_cdf_by_hand(u, token):
     assert inverse_cdf(prob * 7, torch.tensor([u], dtype=torch.float64)).item() == token
 
 
+@pytest.mark.parametrize("V", [2_049, 4_096, 5_000])
+def test_a_large_vocabulary_is_sampled_as_a_small_one(V):
+    g = torch.Generator().manual_seed(V)
+    prob = torch.softmax(4 * torch.randn(64, V, generator=g), -1)
+    prob[:, 100:1_200] = 0  # whole blocks without weight
+    prob[0] = 0
+    prob[0, V - 1] = 1
+    prob[1] = 0
+    prob[1, 0] = 1
+    u = torch.rand(64, generator=g, dtype=torch.float64)
+    u[2:4] = torch.tensor([2.0**-49, 1 - 2.0**-49])
+    cumulative = prob.double().cumsum(-1)
+    found = inverse_cdf(prob, u)
+    assert (prob.gather(1, found[:, None]) > 0).all()
+    # the same token but where u falls between two within rounding
+    expected = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    edge = (cumulative - u[:, None] * cumulative[:, -1:]).abs().amin(1) < 1e-6
+    assert ((found == expected) | edge).all() and edge.sum() <= 8
+
+
+def test_every_edge_of_a_large_vocabulary_has_weight():
+    prob = torch.zeros(1, 3_000)
+    prob[0, ::7] = 0.1
+    cumulative = prob.double().cumsum(-1)[0]
+    for at in (cumulative / cumulative[-1]).unique()[:-1]:
+        for u in (at, torch.nextafter(at, at - 1), torch.nextafter(at, at + 1)):
+            assert prob[0, inverse_cdf(prob, u.clamp(0, 1 - 2.0**-49)[None])] > 0
+
+
+def test_a_row_that_is_not_a_number_tells():
+    prob = torch.full((1, 3_000), float("nan"))
+    assert prob[0, inverse_cdf(prob, torch.tensor([0.5]))].isnan()
+
+
 def test_inverse_cdf_never_draws_weight_zero():
     prob = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]])
     edges = torch.tensor([2.0**-60, 0.5, 1 - 2.0**-49], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The command line: ``ccpo train | eval | diagnose | chat | compare | doctor | recipes``. It parses, wires and prints; nothing imports it."""
+"""The command line: ``ccpo train | eval | diagnose | chat | compare | bench | doctor | recipes``. It parses, wires and prints; nothing imports it."""
 
 from __future__ import annotations
 
@@ -183,6 +183,25 @@ def compare(
     options = Options(folder=folder, results=results, page=page, report=report, listing=listing, only=only or ())
     if not run_study(study, options, settings) and not (listing or report):
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(help="decode, update, step, counterfactuals, credit, scaling, memory; default: all"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="small shapes and few repeats")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="torch threads; default: torch's own")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="how often each side is timed")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the results here, as JSON")] = None,
+    page: Annotated[Path | None, typer.Option(help="write the tables here, as Markdown")] = None,
+) -> None:
+    """Measure speed beside transformers, TRL and CoMLRL, and the machine's limit. Fails on wrong results, never on timings."""
+    from ccpo.bench.command import bench as run_bench
+
+    run_bench(parts or (), quick=quick, device=device, threads=threads, repeats=repeats, out=out, page=page)
 
 
 @app.command()

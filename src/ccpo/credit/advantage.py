@@ -25,7 +25,7 @@ def grpo(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, r
     groups = _Groups(credit_B, group_B)
     centred_B = groups.credit_B - groups.mean_B
     var_G = groups.sum(centred_B.square()) / (groups.count_G - 1).clamp(min=1)
-    return groups.finish(centred_B / (var_G.sqrt()[groups.index_B] + 1e-6), raw_singletons)
+    return groups.finish(centred_B / (groups.rows(var_G.sqrt()) + 1e-6), raw_singletons)
 
 
 def dr_grpo(
@@ -40,7 +40,7 @@ def rloo(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, r
     """``A = c - mean of the siblings = (c - mean_g) n/(n-1)`` (RLOO, arXiv 2402.14740). In units of credit."""
     groups = _Groups(credit_B, group_B)
     siblings_G = (groups.count_G - 1).clamp(min=1)
-    factor_B = (groups.count_G.double() / siblings_G)[groups.index_B]
+    factor_B = groups.rows(groups.count_G.double() / siblings_G)
     return groups.finish((groups.credit_B - groups.mean_B) * factor_B, raw_singletons)
 
 
@@ -99,28 +99,55 @@ ESTIMATORS: dict[str, Estimator] = {
 
 
 class _Groups:
-    """Sums by group, of credit in 64 bits."""
+    """Sums by group, of credit in 64 bits. Groups of one size that stand one after the other, as a step has them, are a table's rows; all
+    others are found by their ids."""
 
     def __init__(self, credit_B: Tensor, group_B: Tensor) -> None:
         _check(credit_B, group_B)
         self.dtype = credit_B.dtype
         self.credit_B = credit_B.detach().double()
-        self.index_B, self.n_groups = _dense(group_B)
-        self.count_G = torch.bincount(self.index_B, minlength=self.n_groups)
-        self.mean_B = (self.sum(self.credit_B) / self.count_G.clamp(min=1))[self.index_B]
+        self.size = _row_length(group_B)
+        if self.size:
+            self.count_G = torch.full((len(group_B) // self.size,), self.size, device=group_B.device)
+        else:
+            self._index_B, n_groups = _dense(group_B)
+            self.count_G = torch.bincount(self._index_B, minlength=n_groups)
+        self.mean_B = self.rows(self.sum(self.credit_B) / self.count_G.clamp(min=1))
 
     def sum(self, values_B: Tensor) -> Tensor:
-        return values_B.new_zeros(self.n_groups).index_add_(0, self.index_B, values_B)
+        if self.size:
+            return values_B.view(-1, self.size).sum(1)
+        return values_B.new_zeros(len(self.count_G)).index_add_(0, self._index_B, values_B)
+
+    def rows(self, values_G: Tensor) -> Tensor:
+        """Each group's value at its rows, ``[B]``."""
+        return values_G.repeat_interleave(self.size) if self.size else values_G[self._index_B]
 
     def finish(self, advantage_B: Tensor, raw_singletons: bool) -> Tensor:
         """Exact zeros for groups without spread: rounding of the mean would else be divided by 1e-6."""
-        first_G = self.credit_B.new_zeros(self.n_groups)
-        first_G[self.index_B] = self.credit_B  # any one member of each group
-        differs_G = self.sum((self.credit_B != first_G[self.index_B]).double())
-        advantage_B = torch.where(differs_G[self.index_B] > 0, advantage_B, 0.0)
+        if self.size:
+            first_G = self.credit_B[:: self.size]
+        else:
+            first_G = self.credit_B.new_zeros(len(self.count_G))
+            first_G[self._index_B] = self.credit_B  # any one member of each group
+        differs_G = self.sum((self.credit_B != self.rows(first_G)).double())
+        advantage_B = torch.where(self.rows(differs_G > 0), advantage_B, 0.0)
         if raw_singletons:
-            advantage_B = torch.where(self.count_G[self.index_B] == 1, self.credit_B, advantage_B)
+            advantage_B = torch.where(self.rows(self.count_G == 1), self.credit_B, advantage_B)
         return advantage_B.to(self.dtype)
+
+
+def _row_length(group_B: Tensor) -> int:
+    """N where the ids are N times one, then N times another, and so on, each group's rows together; else 0."""
+    if group_B.numel() == 0:
+        return 0
+    N = int((group_B == group_B[0]).sum())
+    if group_B.numel() % N:
+        return 0
+    table_GN = group_B.view(-1, N)
+    alike = bool((table_GN == table_GN[:, :1]).all())
+    first_G = table_GN[:, 0]
+    return N if alike and (bool((first_G[1:] > first_G[:-1]).all()) or len(first_G.unique()) == len(first_G)) else 0
 
 
 def _dense(group_B: Tensor) -> tuple[Tensor, int]:

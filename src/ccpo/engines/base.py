@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from ccpo.errors import UserError, nearest
+from ccpo.families import bare, unsupported
 from ccpo.types import Completion, Request
 
 KINDS = ("auto", "native", "transformers")
@@ -49,8 +50,6 @@ def make_engine(
     completion) of what is decoded together. Raises UserError for an unknown kind or adapter, and for ``kind="native"``
     with a model that the native decoder does not support.
     """
-    from ccpo.engines.weights import supports
-
     if kind not in KINDS:
         raise UserError(f"engine kind {kind!r} is unknown; it is one of {', '.join(KINDS)}.{nearest(kind, KINDS)}")
     if max_batch_tokens < 1:
@@ -58,7 +57,7 @@ def make_engine(
     if bare(model).config.is_encoder_decoder:
         raise UserError("the model is an encoder-decoder; agents speak with causal (decoder-only) language models.")
     adapter = _adapter(model, adapter)
-    reason = supports(model, adapter)
+    reason = unsupported(model, adapter)
     if kind == "native" and reason is not None:
         raise UserError(f"the native engine cannot run this model: {reason}. Use engine kind 'transformers' or 'auto'.")
     if kind == "transformers" or reason is not None:
@@ -92,11 +91,6 @@ def _adapter(model: Any, adapter: str | None) -> str | None:
 def active_adapters(model: Any) -> list[str]:
     """The adapters that a model speaks with now: a property of a PeftModel, a method of a transformers model."""
     return list(model.active_adapters() if callable(model.active_adapters) else model.active_adapters)
-
-
-def bare(model: Any) -> Any:
-    """The transformers model within a PeftModel; the model itself where there is none."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_requests(requests: Sequence[Request], *, vocab: int, positions: int | None) -> None:

@@ -25,33 +25,40 @@ CHECK = 4  # steps between two looks at which rows have ended
 KEEP = 0.75  # finished rows leave when at most this share of the batch is still alive
 PREFILL_TOKENS = 8_192  # prompt tokens that go through a layer at once
 LOGITS = 2**26  # rows times vocabulary of one step
+SMALL_CACHE = 2**19  # numbers in a layer's keys up to which a CPU attends faster in float32 than in bfloat16
 
 
 @dataclass(slots=True, kw_only=True)
 class Batch:
     """The rows that are being decoded.
 
-    ``hidden_BH``: the last hidden states. ``caches``: per layer ``[2 (key, value), B, kv_heads, columns, head_dim]``.
-    ``mask``: added to the scores, ``[B * kv_heads, 1, columns]``. ``position_B``: the next token's.
+    ``hidden_BH``: the last hidden states. ``keys``, ``values``: per layer ``[B, kv_heads, head_dim, columns]`` (so that a step's
+    product runs along memory) and ``[B, kv_heads, columns, head_dim]``; the first ``filled`` columns are in use.
+    ``mask``: added to the scores, ``[B * kv_heads, 1, columns]``; None where no prompt is padded. ``position_B``: the next token's.
     """
 
     hidden_BH: Tensor
-    caches: list[Tensor]
-    mask: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    filled: int
+    mask: Tensor | None
     position_B: Tensor
 
     def select(self, rows: Tensor) -> None:
         """Only these rows, in this order; layer by layer, so that never two whole caches stand side by side."""
-        self.mask = self.mask.unflatten(0, (len(self.hidden_BH), -1))[rows].flatten(0, 1)
+        if self.mask is not None:
+            self.mask = self.mask.unflatten(0, (len(self.hidden_BH), -1))[rows].flatten(0, 1)
         self.hidden_BH, self.position_B = self.hidden_BH[rows], self.position_B[rows]
-        for index, cache in enumerate(self.caches):
-            self.caches[index] = cache.index_select(1, rows)
+        for cache in (self.keys, self.values):
+            for index, layer in enumerate(cache):
+                cache[index] = layer.index_select(0, rows)
 
     def widen(self, columns: int) -> None:
         """Room for this many more tokens."""
-        self.mask = pad(self.mask, (0, columns))
-        for index, cache in enumerate(self.caches):
-            self.caches[index] = pad(cache, (0, 0, 0, columns))
+        if self.mask is not None:
+            self.mask = pad(self.mask, (0, columns))
+        for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            self.keys[index], self.values[index] = pad(key, (0, columns)), pad(value, (0, 0, 0, columns))
 
 
 class NativeEngine:
@@ -86,7 +93,7 @@ class NativeEngine:
     def logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The logits after each prompt, ``[prompts, vocabulary]``: those that its first token is sampled from."""
         with torch.inference_mode():
-            return self._logits(self._prefill([tuple(p) for p in prompts], spare=0).hidden_BH)
+            return self._logits(self._prefill([tuple(p) for p in prompts], len(prompts), spare=0).hidden_BH)
 
     def _run(self, requests: list[Request]) -> list[Completion]:
         steps = max(r.max_tokens for r in requests)
@@ -113,7 +120,7 @@ class NativeEngine:
                 if len(alive) <= KEEP * len(rows):
                     batch.select(alive)
                     token_B, rows, sampler = token_B[alive], rows[alive], sampler.select(alive)
-            self._step(batch, token_B, batch.mask.shape[-1] - steps + step)
+            self._step(batch, token_B)
         done = complete(requests, tokens_TB, probs_TB, self._ends, self._decode)
         self.decoded_tokens += sum(len(c.token_ids) for c in done)
         return done
@@ -131,35 +138,46 @@ class NativeEngine:
         """Prefills the distinct prompts and deals their caches out to the requests' rows."""
         prompts, owner = distinct([r.prompt_ids for r in requests])
         if len(prompts) == len(requests):
-            return self._prefill(prompts, spare=steps)
-        batch = self._prefill(prompts, spare=0)
+            return self._prefill(prompts, len(requests), spare=steps)
+        batch = self._prefill(prompts, len(requests), spare=0)
         batch.select(torch.tensor(owner, device=self.device))
         batch.widen(steps)
         return batch
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]], *, spare: int) -> Batch:
-        """Runs the prompts, a chunk of columns at a time, into caches with room for ``spare`` more columns."""
+    def _prefill(self, prompts: Sequence[tuple[int, ...]], rows: int, *, spare: int) -> Batch:
+        """Runs the prompts, a chunk of columns at a time, into caches with room for ``spare`` more columns. ``rows``: how many will be
+        decoded from them."""
         w, width, count = self.weights, max(map(len, prompts)), len(prompts)
         size_B = torch.tensor([len(p) for p in prompts], device=self.device)
         ids_BL = torch.tensor([(0,) * (width - len(p)) + p for p in prompts], device=self.device)
         self.prefill_tokens += sum(map(len, prompts))
         real_BL = torch.arange(width, device=self.device) >= (width - size_B)[:, None]
-        mask_BL = torch.zeros(count, width + spare, dtype=w.attention_dtype, device=self.device)
-        mask_BL[:, :width].masked_fill_(~real_BL, float("-inf"))
-        shape = (2, count, w.kv_heads, width + spare, w.head_dim)
+        small = self.device.type == "cpu" and rows * w.kv_heads * w.head_dim * width <= SMALL_CACHE
+        dtype = torch.float32 if small else self.dtype
+
+        def cache(*shape: int) -> list[Tensor]:
+            return [torch.empty(count, w.kv_heads, *shape, dtype=dtype, device=self.device) for _ in w.layers]
+
+        mask = None
+        if not bool(real_BL.all()):
+            mask_BL = torch.zeros(count, width + spare, dtype=dtype, device=self.device)
+            mask_BL[:, :width].masked_fill_(~real_BL, float("-inf"))
+            mask = mask_BL.repeat_interleave(w.kv_heads, 0)[:, None]
         batch = Batch(
             hidden_BH=w.embed.new_empty(0),
-            caches=[torch.empty(shape, dtype=w.attention_dtype, device=self.device) for _ in w.layers],
-            mask=mask_BL.repeat_interleave(w.kv_heads, 0)[:, None],
+            keys=cache(w.head_dim, width + spare),
+            values=cache(width + spare, w.head_dim),
+            filled=width,
+            mask=mask,
             position_B=size_B,
         )
         chunk = max(1, PREFILL_TOKENS // count)
         for start in range(0, width, chunk):
             columns = slice(start, min(start + chunk, width))
-            batch.hidden_BH = self._prefill_chunk(ids_BL[:, columns], real_BL, batch.caches, columns)
+            batch.hidden_BH = self._prefill_chunk(ids_BL[:, columns], real_BL, batch, columns)
         return batch
 
-    def _prefill_chunk(self, ids_BC: Tensor, real_BL: Tensor, caches: list[Tensor], columns: slice) -> Tensor:
+    def _prefill_chunk(self, ids_BC: Tensor, real_BL: Tensor, batch: Batch, columns: slice) -> Tensor:
         """Runs these columns against all before them; after the last chunk, returns the last column's hidden states.
 
         Only real tokens, packed, go through the matrices; padding takes part in the attention alone, masked.
@@ -168,57 +186,58 @@ class NativeEngine:
         place_C = torch.arange(columns.start, columns.stop, device=self.device)
         packed = real_BL[:, columns].flatten().nonzero()[:, 0]
         position = (place_C - (~real_BL).sum(-1, keepdim=True)).flatten()[packed]
-        cos, sin = (table[position][:, None] for table in w.rotations(width))
+        turn = w.rotations(width)[position][:, None]
         # A padding column sees itself, so that no softmax is over nothing; no real column sees it.
         seen_C = torch.arange(columns.stop, device=self.device)
         earlier, itself = seen_C <= place_C[:, None], seen_C == place_C[:, None]
         allowed = ((earlier & real_BL[:, None, : columns.stop]) | itself)[:, None]
         hidden = w.embed[ids_BC.flatten()[packed]]
-        for layer, cache in zip(w.layers, caches, strict=True):
-            qkv = hidden.new_zeros(rows * count, w.heads + 2 * w.kv_heads, w.head_dim, dtype=w.attention_dtype)
-            qkv = qkv.index_copy_(0, packed, self._project(layer, hidden, cos, sin)).unflatten(0, (rows, count))
-            cache[:, :, :, columns] = qkv[:, :, w.heads :].unflatten(2, (2, w.kv_heads)).permute(2, 0, 3, 1, 4)
-            query = qkv[:, :, : w.heads].transpose(1, 2)
+        for layer, keys, values in zip(w.layers, batch.keys, batch.values, strict=True):
+            qkv = keys.new_zeros(rows * count, w.heads + 2 * w.kv_heads, w.head_dim)
+            qkv.index_copy_(0, packed, self._project(layer, hidden, turn).to(keys.dtype))
+            query, key, value = qkv.unflatten(0, (rows, count)).transpose(1, 2).split(w.split, 1)
+            keys[..., columns], values[:, :, columns] = key.transpose(2, 3), value
             if layer is w.layers[-1]:  # only the last column of the whole prompt is read from the last layer
                 if columns.stop < width:
                     break
                 hidden = hidden[real_BL[:, columns].sum(-1).cumsum(0) - 1]
                 query, allowed, packed = query[:, :, -1:], allowed[:, :, -1:], slice(None)
-            key, value = cache[:, :, :, : columns.stop]
+            if columns.start:
+                key, value = keys[..., : columns.stop].transpose(2, 3), values[:, :, : columns.stop]
             mixed = scaled_dot_product_attention(
-                query, key, value, attn_mask=allowed, scale=w.scale, enable_gqa=w.heads != w.kv_heads
+                query, key, value, attn_mask=allowed, scale=1.0, enable_gqa=w.heads != w.kv_heads
             )
             hidden = self._absorb(layer, hidden, mixed.transpose(1, 2).flatten(2).flatten(0, 1)[packed])
         return hidden
 
-    def _step(self, batch: Batch, token_B: Tensor, column: int) -> None:
-        """Runs one more token of every row and writes it into the caches' ``column``."""
-        w, rows, end = self.weights, len(token_B), column + 1
-        cos, sin = (table[batch.position_B][:, None] for table in w.rotations(batch.mask.shape[-1]))
-        mask = batch.mask[:, :, :end]
+    def _step(self, batch: Batch, token_B: Tensor) -> None:
+        """Runs one more token of every row and writes it into the caches' next column."""
+        w, rows, column = self.weights, len(token_B), batch.filled
+        batch.filled += 1
+        turn = w.rotations(batch.values[0].shape[2])[batch.position_B][:, None]
         hidden = w.embed[token_B]
-        for layer, cache in zip(w.layers, batch.caches, strict=True):
-            qkv = self._project(layer, hidden, cos, sin)
-            cache[:, :, :, column] = qkv[:, w.heads :].unflatten(1, (2, w.kv_heads)).transpose(0, 1)
-            key, value = cache[:, :, :, :end].flatten(1, 2)
+        for layer, keys, values in zip(w.layers, batch.keys, batch.values, strict=True):
+            query, key, value = self._project(layer, hidden, turn).to(keys.dtype).split(w.split, 1)
+            keys[..., column], values[:, :, column] = key, value
             # The query heads of one key head are rows of one matrix: grouped heads need no copies of their keys.
-            query = qkv[:, : w.heads].reshape(rows * w.kv_heads, -1, w.head_dim)
-            scores = torch.baddbmm(mask, query, key.transpose(1, 2), alpha=w.scale)
-            hidden = self._absorb(layer, hidden, torch.bmm(scores.softmax(-1), value).view(rows, -1))
+            query = query.reshape(rows * w.kv_heads, -1, w.head_dim)
+            scores = torch.bmm(query, keys[..., : batch.filled].flatten(0, 1))
+            if batch.mask is not None:
+                scores += batch.mask[..., : batch.filled]
+            mixed = torch.bmm(scores.softmax(-1), values[:, :, : batch.filled].flatten(0, 1))
+            hidden = self._absorb(layer, hidden, mixed.view(rows, -1))
         batch.hidden_BH = hidden
         batch.position_B = batch.position_B + 1
 
-    def _project(self, layer: Layer, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Normalised, rotated queries and keys, and values: ``[tokens, heads + 2 kv_heads, head_dim]``."""
+    def _project(self, layer: Layer, hidden: Tensor, turn: Tensor) -> Tensor:
+        """Normalised, rotated queries and keys, and values, in float32: ``[tokens, heads + 2 kv_heads, head_dim]``."""
         w = self.weights
         normed = rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, w.eps)
-        qkv = linear(normed, layer.qkv, layer.qkv_bias).to(w.attention_dtype).unflatten(-1, (-1, w.head_dim))
+        qkv = linear(normed, layer.qkv, layer.qkv_bias).float().unflatten(-1, (-1, w.head_dim))
         turning = qkv[:, : w.heads + w.kv_heads]
         if layer.qk_norm is not None:
             turning.copy_(rms_norm(turning, turning.shape[-1:], None, w.eps)).mul_(layer.qk_norm)
-        left, right = turning.chunk(2, -1)
-        swapped = torch.cat((right, left), -1)
-        turning.mul_(cos).addcmul_(swapped, sin)
+        torch.view_as_complex(turning.unflatten(-1, (-1, 2))).mul_(turn)
         return qkv
 
     def _absorb(self, layer: Layer, hidden: Tensor, mixed: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ccpo.types import Request
 
 _GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15, the odd integer nearest to 2^64 / golden ratio
 _MIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # splitmix64: shift, then multiply
+_BLOCK = 512  # tokens of a block of the vocabulary
 _HEAD = 512  # most probable tokens that are looked at before the whole vocabulary is sorted
 
 
@@ -50,10 +52,29 @@ def uniform(seed_B: Tensor, position: Tensor | int) -> Tensor:
 
 def inverse_cdf(prob_BV: Tensor, u_B: Tensor) -> Tensor:
     """The first token whose cumulative weight exceeds ``u * total``: ``[B]`` indices. Rows need not sum to 1; a token
-    of weight 0 is never drawn. A row with a NaN gets the last token, whose probability tells."""
-    cumulative_BV = prob_BV.cumsum(-1, dtype=torch.float64)
-    target_B1 = u_B.double()[:, None] * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=prob_BV.shape[-1] - 1)
+    of weight 0 is never drawn. A row with a NaN gets the last token, whose probability tells.
+
+    A large vocabulary is first looked at in blocks, so that only one block a row is cumulated in float64.
+    """
+    V = prob_BV.shape[-1]
+    if V <= 4 * _BLOCK:
+        cumulative_BV = prob_BV.cumsum(-1, dtype=torch.float64)
+        target_B1 = u_B.double()[:, None] * cumulative_BV[:, -1:]
+        return torch.searchsorted(cumulative_BV, target_B1, right=True)[:, 0].clamp(max=V - 1)
+    whole = V // _BLOCK * _BLOCK
+    mass_BN = prob_BV[:, :whole].unflatten(1, (-1, _BLOCK)).sum(-1)
+    if whole < V:
+        mass_BN = torch.cat((mass_BN, prob_BV[:, whole:].sum(-1, keepdim=True)), 1)
+    cumulative_BN = mass_BN.cumsum(-1, dtype=torch.float64)
+    target_B1 = u_B.double()[:, None] * cumulative_BN[:, -1:]
+    block_B1 = torch.searchsorted(cumulative_BN, target_B1, right=True).clamp(max=mass_BN.shape[1] - 1)
+    place_BS = block_B1 * _BLOCK + torch.arange(_BLOCK, device=prob_BV.device)
+    inside_BS = (prob_BV.gather(1, place_BS.clamp(max=V - 1)) * (place_BS < V)).cumsum(-1, dtype=torch.float64)
+    before_B1 = pad(cumulative_BN[:, :-1], (1, 0)).gather(1, block_B1)
+    # a block's sum in float32 and in float64 differ by rounding: what is sought stays within it
+    rest_B1 = (target_B1 - before_B1).clamp(min=0).minimum(inside_BS[:, -1:] * (1 - 2.0**-52))
+    offset_B = torch.searchsorted(inside_BS, rest_B1, right=True)[:, 0]
+    return (block_B1[:, 0] * _BLOCK + offset_B).clamp(max=V - 1)
 
 
 def cut(prob_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:

@@ -12,50 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccpo.engines.base import bare
-
-FAMILIES = ("llama", "qwen2", "qwen3")
-ROPES = ("default", "linear", "llama3", "yarn")  # their frequencies do not depend on the length of the text
-
-
-def supports(model: Any, adapter: str | None = None) -> str | None:
-    """Why the native decoder cannot run this model (or PeftModel with this adapter); None if it can."""
-    config = bare(model).config
-    if config.model_type not in FAMILIES:
-        return f"its family {config.model_type!r} is not one of {', '.join(FAMILIES)}"
-    if config.hidden_act != "silu":
-        return f"its activation is {config.hidden_act!r}, not 'silu'"
-    if any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ()):
-        return "it has layers with sliding-window attention"
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in ROPES:
-        return f"its rope type {rope!r} is not one of {', '.join(ROPES)}"
-    if bare(model).model.rotary_emb.inv_freq.numel() * 2 != _head_dim(config):
-        return "it rotates only a part of each head"
-    return _unfit_parameters(model, adapter)
-
-
-def _unfit_parameters(model: Any, adapter: str | None) -> str | None:
-    parameters = list(model.parameters())
-    devices = {p.device for p in parameters}
-    if len(devices) > 1 or next(iter(devices)).type == "meta":
-        return f"its parameters are not on one device ({', '.join(sorted(map(str, devices)))})"
-    if not all(p.is_floating_point() for p in parameters):
-        return "its weights are quantised"
-    if adapter is None:
-        return None
-    plan = model.peft_config[adapter]
-    if str(getattr(plan.peft_type, "value", plan.peft_type)) != "LORA":
-        return f"its adapter {adapter!r} is not a LoRA"
-    if plan.lora_bias or plan.bias != "none" or any(adapter in getattr(m, "lora_variant", {}) for m in model.modules()):
-        return f"its adapter {adapter!r} is a variant of LoRA (DoRA and the like) or has a bias"
-    if plan.trainable_token_indices or plan.target_parameters:
-        return f"its adapter {adapter!r} adapts single tokens or bare parameters"
-    return None
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+from ccpo.families import bare, head_dim
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
@@ -68,7 +25,11 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(slots=True, kw_only=True)
 class Layer:
-    """One block. Matrices are ``[out, in]`` as in `torch.nn.Linear`; ``qk_norm``: ``[heads + kv_heads, head_dim]``."""
+    """One block. Matrices are ``[out, in]`` as in `torch.nn.Linear`; ``qk_norm``: ``[heads + kv_heads, head_dim]``.
+
+    Within each query and key head the channels are *interleaved*: those two that are rotated together stand side by side, so that
+    a rotation is one product of complex numbers. The scale of the attention is in the queries' weights.
+    """
 
     attention_norm: Tensor
     qkv: Tensor
@@ -85,13 +46,11 @@ class Layer:
 
 @dataclass(slots=True, kw_only=True)
 class Weights:
-    """All of a model that decoding reads. ``dtype`` is that of the matrices; the rotation, the attention and its cache
-    are in ``attention_dtype``: float32 on a CPU, where small bfloat16 products are slower, else ``dtype``."""
+    """All of a model that decoding reads. ``dtype`` is that of the matrices."""
 
     source: Any
     adapter: str | None
     dtype: torch.dtype
-    attention_dtype: torch.dtype
     device: torch.device
     heads: int
     kv_heads: int
@@ -105,11 +64,11 @@ class Weights:
     layers: list[Layer] = field(default_factory=list)
     inv_freq: Tensor
     rotation_scale: float
-    rotation: tuple[Tensor, Tensor] | None = None
+    rotation: Tensor | None = None
 
     @classmethod
     def of(cls, model: Any, *, dtype: torch.dtype | None, adapter: str | None) -> Weights:
-        """Copies the weights of a model that `supports` accepts."""
+        """Copies the weights of a model of these families (`ccpo.families.unsupported`)."""
         source = bare(model)
         config, body = source.config, source.model
         device = body.norm.weight.device
@@ -120,11 +79,10 @@ class Weights:
                 source=source,
                 adapter=adapter,
                 dtype=dtype,
-                attention_dtype=torch.float32 if device.type == "cpu" else dtype,
                 device=device,
                 heads=config.num_attention_heads,
                 kv_heads=config.num_key_value_heads,
-                head_dim=_head_dim(config),
+                head_dim=head_dim(config),
                 scale=body.layers[0].self_attn.scaling,
                 eps=config.rms_norm_eps,
                 vocab=embed.shape[0],
@@ -136,6 +94,11 @@ class Weights:
             )
             made.layers = [made._layer(block) for block in body.layers]
         return made
+
+    @property
+    def split(self) -> list[int]:
+        """Heads of queries, keys and values, as they stand side by side."""
+        return [self.heads, self.kv_heads, self.kv_heads]
 
     def refresh(self) -> None:
         """Reads the live model again, into the same tensors."""
@@ -165,7 +128,7 @@ class Weights:
             attention_norm=empty(hidden),
             qkv=empty(every * self.head_dim, hidden),
             qkv_bias=bias(attention.q_proj, every * self.head_dim),
-            qk_norm=empty(*norms).to(self.attention_dtype) if hasattr(attention, "q_norm") else None,
+            qk_norm=empty(*norms).float() if hasattr(attention, "q_norm") else None,
             out=empty(hidden, wide),
             out_bias=bias(attention.o_proj, hidden),
             mlp_norm=empty(hidden),
@@ -181,35 +144,49 @@ class Weights:
         attention, mlp = block.self_attn, block.mlp
         layer.attention_norm.copy_(block.input_layernorm.weight)
         layer.mlp_norm.copy_(block.post_attention_layernorm.weight)
-        _stack(layer.qkv, layer.qkv_bias, (attention.q_proj, attention.k_proj, attention.v_proj), self.adapter)
+        normed = layer.qk_norm is not None
+        scales = (1.0 if normed else self.scale, 1.0, 1.0)
+        _stack(layer.qkv, layer.qkv_bias, (attention.q_proj, attention.k_proj, attention.v_proj), self.adapter, scales)
+        for rows in (layer.qkv, layer.qkv_bias):
+            if rows is not None:
+                turning = rows[: (self.heads + self.kv_heads) * self.head_dim].unflatten(0, (-1, self.head_dim))
+                turning.copy_(_interleaved(turning, 1))
         _stack(layer.out, layer.out_bias, (attention.o_proj,), self.adapter)
         _stack(layer.gate_up, layer.gate_up_bias, (mlp.gate_proj, mlp.up_proj), self.adapter)
         _stack(layer.down, layer.down_bias, (mlp.down_proj,), self.adapter)
-        if layer.qk_norm is not None:
-            layer.qk_norm[: self.heads] = attention.q_norm.weight
-            layer.qk_norm[self.heads :] = attention.k_norm.weight
+        if normed:
+            layer.qk_norm[: self.heads] = _interleaved(attention.q_norm.weight, 0) * self.scale
+            layer.qk_norm[self.heads :] = _interleaved(attention.k_norm.weight, 0)
 
-    def rotations(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of positions 0 to at least ``length - 1``: ``[positions, head_dim]`` each; the sines of the
-        first half are negated, so that ``x * cos + (halves of x swapped) * sin`` is the rotation."""
-        if self.rotation is None or len(self.rotation[0]) < length:
+    def rotations(self, length: int) -> Tensor:
+        """``scale * exp(i * angle)`` of positions 0 to at least ``length - 1``, complex: ``[positions, head_dim / 2]``."""
+        if self.rotation is None or len(self.rotation) < length:
             length = 1 << (length - 1).bit_length()
             angle = torch.arange(length, device=self.device, dtype=torch.float32)[:, None] * self.inv_freq
-            cos, sin = angle.cos() * self.rotation_scale, angle.sin() * self.rotation_scale
-            kind = self.attention_dtype
-            self.rotation = torch.cat((cos, cos), -1).to(kind), torch.cat((-sin, sin), -1).to(kind)
+            self.rotation = torch.polar(torch.full_like(angle, self.rotation_scale), angle)
         return self.rotation
 
 
-def _stack(into: Tensor, bias: Tensor | None, modules: tuple[Any, ...], adapter: str | None) -> None:
-    """Writes the modules' weights, and biases, below one another."""
+def _interleaved(x: Tensor, dim: int) -> Tensor:
+    """The two halves of a dimension, one from each in turn: ``0, n/2, 1, n/2 + 1, ...``"""
+    return torch.stack(x.chunk(2, dim), dim + 1).flatten(dim, dim + 1)
+
+
+def _stack(
+    into: Tensor,
+    bias: Tensor | None,
+    modules: tuple[Any, ...],
+    adapter: str | None,
+    scales: tuple[float, ...] = (1.0, 1.0),
+) -> None:
+    """Writes the modules' weights, and biases, below one another, each times its scale."""
     start = 0
-    for module in modules:
-        weight = _weight(module, adapter)
+    for module, scale in zip(modules, scales, strict=False):
+        weight = _weight(module, adapter) * scale
         end = start + weight.shape[0]
         into[start:end] = weight
         if bias is not None:
-            bias[start:end] = module.bias
+            bias[start:end] = module.bias * scale
         start = end
 
 

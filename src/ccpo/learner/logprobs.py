@@ -9,10 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ccpo.families import bare
+from ccpo.learner import forward
+from ccpo.learner.layout import Layout
 from ccpo.learner.rows import MicroBatch
 
 CHUNK = 1 << 22  # logits that are held in float32 at a time
+LOGITS = 1 << 28  # logits that are kept for the backward pass
 
 
 def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor, temperature_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,10 +89,31 @@ def _chunks(logits_NV: Tensor) -> Iterator[slice]:
 def score(model: nn.Module, batch: MicroBatch, compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy of each completion token of a micro-batch, both ``[B, T]``.
 
-    ``compute`` is the dtype of matrix products: bfloat16 by autocast, or the weights' own.
+    ``compute`` is the dtype of matrix products: bfloat16, or the weights' own. Models that :mod:`ccpo.learner.forward` does not
+    run are left to transformers, with padding and under autocast.
     """
+    if forward.runs(model):
+        batch.layout = batch.layout or Layout.of(batch.rows, batch.ids_BL.device)
+        hidden_NH = forward.hidden_states(model, batch.layout, compute)
+        logprob_N, entropy_N = _scored(bare(model).lm_head, hidden_NH, batch.layout)
+        return logprob_N[batch.layout.scored_BT], entropy_N[batch.layout.scored_BT]
     logits_BTV = completion_logits(model, batch, compute)
     return token_logprobs(logits_BTV, batch.ids_BL[:, -logits_BTV.shape[1] :], batch.temperature_B)
+
+
+def _scored(head: nn.Module, hidden_NH: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies of the scored tokens. Where their logits are too many to keep, they are computed again, part by
+    part, in the backward pass."""
+
+    def part(hidden: Tensor, ids: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        return _TokenLogprobs.apply(forward.linear(hidden, head), ids, temperature)
+
+    rows = max(1, LOGITS // head.out_features)
+    inputs = (hidden_NH, layout.target_N, layout.temperature_N)
+    if len(hidden_NH) <= rows:
+        return part(*inputs)
+    parts = zip(*(x.split(rows) for x in inputs), strict=True)
+    return tuple(map(torch.cat, zip(*(checkpoint(part, *p, use_reentrant=False) for p in parts), strict=True)))
 
 
 def completion_logits(model: nn.Module, batch: MicroBatch, compute: torch.dtype) -> Tensor:

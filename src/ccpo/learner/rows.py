@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ccpo.learner.layout import Layout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +44,8 @@ class TrainRow:
 @dataclass(slots=True, kw_only=True)
 class MicroBatch:
     """Rows side by side: prompts padded on the left and completions on the right, so that the first tokens of all
-    completions share column ``L - T``. ``old_BT`` and ``ref_BT`` are filled where the objective needs them."""
+    completions share column ``L - T``. ``layout`` is the same without padding; it, ``old_BT`` and ``ref_BT`` are filled where they are
+    needed."""
 
     rows: tuple[TrainRow, ...]
     ids_BL: Tensor
@@ -51,6 +56,7 @@ class MicroBatch:
     advantage_B: Tensor
     segment_B: Tensor
     temperature_B: Tensor
+    layout: Layout | None = None
     old_BT: Tensor | None = None
     ref_BT: Tensor | None = None
 

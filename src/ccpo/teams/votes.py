@@ -77,6 +77,9 @@ def recount_without(
     votes = _check(answer_BK, score_BK, weight_BK, kind)
     rewards = []
     for answer_KB, score_KB, weight_KB in _chunks(*votes):
+        if kind == VoteKind.MAJORITY:
+            rewards.append(_majority_without(answer_KB, score_KB, weight_KB > 0))
+            continue
         total_KB, size_KB = _totals(answer_KB, weight_KB)
         rows = []
         for k, (answer_B, weight_B) in enumerate(zip(answer_KB, weight_KB, strict=True)):
@@ -88,6 +91,39 @@ def recount_without(
             rows.append(_reward(left_KB, size_left_KB, voted_KB, score_KB, weight_KB, kind))
         rewards.append(torch.stack(rows))
     return torch.cat(rewards, dim=1).to(score_BK.dtype)
+
+
+def _majority_without(answer_KB: Tensor, score_KB: Tensor, voted_KB: Tensor) -> Tensor:
+    """A majority without each voter. Only the answer of the one who leaves loses a vote, so that one count serves all:
+
+    - it did not lead: nothing changes;
+    - it led with others: those are left;
+    - it led alone, with m votes: now it ties with the answers that have m - 1.
+    """
+    count_KB, sum_KB = voted_KB.to(score_KB.dtype), score_KB * voted_KB
+    each_KB = sum_KB.clone()
+    for i in range(len(answer_KB)):
+        for j in range(i + 1, len(answer_KB)):
+            same_B = (answer_KB[i] == answer_KB[j]).to(score_KB.dtype)
+            for a, b in ((i, j), (j, i)):
+                count_KB[a].addcmul_(same_B, voted_KB[b])
+                sum_KB[a].addcmul_(same_B, each_KB[b])
+    mean_KB = sum_KB / count_KB.clamp(min=1)
+    most_B = torch.where(voted_KB, count_KB, 0.0).amax(dim=0)
+
+    def answers_with(votes_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Who voted for answers with so many votes; how many such answers there are; the sum of their scores."""
+        with_KB = voted_KB & (count_KB == votes_B)
+        share_KB = torch.where(with_KB, 1 / count_KB.clamp(min=1), 0.0)
+        return with_KB, share_KB.sum(dim=0).round(), (share_KB * mean_KB).sum(dim=0)
+
+    leads_KB, leaders_B, score_B = answers_with(most_B)
+    _, next_B, next_score_B = answers_with(most_B - 1)
+    rest_KB = (sum_KB - each_KB) / (count_KB - 1).clamp(min=1)  # the mean score of its answer's other votes
+    alone_KB = torch.where(most_B > 1, (next_score_B + rest_KB) / (next_B + 1), 0.0)
+    tied_KB = (score_B - mean_KB) / (leaders_B - 1).clamp(min=1)
+    changed_KB = torch.where(leaders_B > 1, tied_KB, alone_KB)
+    return torch.where(leads_KB, changed_KB, score_B / leaders_B.clamp(min=1))
 
 
 def _check(answer_BK: Tensor, score_BK: Tensor, weight_BK: Tensor | None, kind: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,87 @@
+"""What the machine could do at most: the matrix products of a model, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def matrices(model: Any, dtype: torch.dtype) -> list[Tensor]:
+    """Every matrix that a token is multiplied with, fused as decoders fuse them: ``[out, in]``."""
+    found: list[Tensor] = []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        groups: list[tuple[nn.Module, ...]] = [
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        ]
+        found += [torch.cat([module.weight.detach().to(dtype) for module in group]) for group in groups]
+    return [*found, model.lm_head.weight.detach().to(dtype)]
+
+
+def forward_limit(model: Any, rows: int, dtype: torch.dtype) -> Callable[[], None]:
+    """One pass of ``rows`` tokens through all matrices."""
+    every = matrices(model, dtype)
+    inputs = {w.shape[1]: torch.randn(rows, w.shape[1], device=w.device).to(dtype) for w in every}
+
+    def run() -> None:
+        with torch.inference_mode():
+            for w in every:
+                torch.nn.functional.linear(inputs[w.shape[1]], w)
+
+    return run
+
+
+def training_limit(model: Any, rows: int, scored: int, dtype: torch.dtype) -> Callable[[], None]:
+    """The products of a forward and a backward pass of ``rows`` tokens, of which ``scored`` reach the head."""
+    every = matrices(model, dtype)
+    sizes = [rows] * (len(every) - 1) + [scored]
+    inputs = [torch.randn(n, w.shape[1], device=w.device).to(dtype) for n, w in zip(sizes, every, strict=True)]
+    grads = [torch.randn(n, w.shape[0], device=w.device).to(dtype) for n, w in zip(sizes, every, strict=True)]
+
+    def run() -> None:
+        with torch.inference_mode():
+            for w, x, dy in zip(every, inputs, grads, strict=True):
+                torch.nn.functional.linear(x, w)
+                torch.mm(dy, w)
+                torch.mm(dy.t(), x)
+
+    return run
+
+
+def gemm_rate(dtype: torch.dtype, device: str, *, seconds: float = 0.5, size: int = 1_024) -> float:
+    """Floating point operations a second in a large square product."""
+    import time
+
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    with torch.inference_mode():
+        torch.mm(a, b)
+        count, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            for _ in range(8):
+                torch.mm(a, b)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            count += 8
+        return 2 * size**3 * count / (time.perf_counter() - started)
+
+
+def bandwidth(device: str, *, seconds: float = 0.5, size: int = 1 << 27) -> float:
+    """Bytes a second, read and written, in a copy of ``size`` bytes."""
+    import time
+
+    a = torch.zeros(size, dtype=torch.uint8, device=device)
+    b = torch.empty_like(a)
+    b.copy_(a)
+    count, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        b.copy_(a)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        count += 1
+    return 2 * size * count / (time.perf_counter() - started)

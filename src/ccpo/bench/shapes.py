@@ -1,0 +1,90 @@
+"""Random models of several sizes, which never end a turn by themselves, so that all sides decode equally many tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccpo.bootstrap import character_tokenizer
+from ccpo.learner.loading import quiet
+
+ALPHABET = "0123456789+ TS:=abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A Qwen2 of ``hidden`` x ``layers``; ``vocab`` 0: that of the character tokenizer."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    mlp: int
+    vocab: int = 0
+
+
+SIZES = {
+    "1M": Size(128, 4, 4, 2, 384),
+    "5M": Size(256, 6, 8, 4, 768, 1_024),
+    "25M": Size(512, 8, 8, 4, 1_536, 2_048),
+    "100M": Size(768, 14, 12, 4, 2_304, 4_096),
+    # the shapes of Qwen2.5-0.5B and 1.5B, for a GPU
+    "0.5B": Size(896, 24, 14, 2, 4_864, 151_936),
+    "1.5B": Size(1_536, 28, 12, 2, 8_960, 151_936),
+}
+
+
+def tokenizer() -> Any:
+    return character_tokenizer(ALPHABET)
+
+
+def make_model(size: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, positions: int = 4_096) -> Any:
+    """A random model of the size, in eval mode."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    shape, words = SIZES[size], tokenizer()
+    config = Qwen2Config(
+        vocab_size=shape.vocab or len(words),
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        intermediate_size=shape.mlp,
+        max_position_embeddings=positions,
+        tie_word_embeddings=False,
+        pad_token_id=words.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=words.eos_token_id,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    never_ends(model, words.eos_token_id, words.pad_token_id)
+    return model.eval()
+
+
+@torch.no_grad()
+def never_ends(model: Any, end: int, pad: int) -> None:
+    """Makes end and padding too improbable to be sampled: the first channel is large at every position, and only these two read it,
+    negatively."""
+    model.model.embed_tokens.weight[:, 0] = 4.0
+    model.lm_head.weight[:, 0] = 0.0
+    for token in (end, pad):
+        model.lm_head.weight[token] = 0.0
+        model.lm_head.weight[token, 0] = -5.0
+    model.generation_config.eos_token_id = end
+
+
+def parameters(model: Any) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def save(size: str, folder: Path) -> Path:
+    """The model and its tokenizer as a Hugging Face folder."""
+    with quiet():
+        make_model(size).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+    return folder

@@ -1,0 +1,167 @@
+"""The benchmarks: that sides take turns, that wrong results fail, and what is written down."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ccpo.bench import decode, kernels, memory, peers, report, scaling, shapes, step, update
+from ccpo.bench.command import bench
+from ccpo.bench.ours import OurStep
+from ccpo.bench.timing import Comparison, in_turns
+from ccpo.cli import app
+from ccpo.errors import RunFailure, UserError
+from ccpo.learner import forward
+
+torch.set_num_threads(1)
+
+
+def comparison(**more) -> Comparison:
+    return Comparison(
+        **{
+            "part": "step",
+            "name": "a step",
+            "shape": {"prompts": 8},
+            "seconds": {"ccpo": [1.0, 2.0, 4.0], "other": [3.0, 4.0, 20.0]},
+            "work": 100,
+            "unit": "tokens",
+            "ours": "ccpo",
+            "base": "other",
+            **more,
+        }
+    )
+
+
+def test_sides_take_turns_and_the_order_turns_round():
+    said: list[str] = []
+    seconds = in_turns({"a": lambda: said.append("a"), "b": lambda: said.append("b")}, repeats=3, warmup=1)
+    assert "".join(said) == "ab" + "ab" + "ba" + "ab"
+    assert {side: len(values) for side, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_ratios_are_of_neighbours():
+    found = comparison()
+    assert found.medians == {"ccpo": 2.0, "other": 4.0}
+    assert found.ratios == (3.0, 2.0, 5.0)  # 3/1, 4/2, 20/4
+    assert comparison(base=None).ratios is None
+
+
+def test_a_power_law_has_its_exponent():
+    assert scaling.exponent([1, 2, 4], [5, 20, 80]) == pytest.approx(2.0)
+
+
+def test_random_models_never_end_a_turn():
+    model = shapes.make_model("1M")
+    logits = model(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0]
+    words = shapes.tokenizer()
+    for token in (words.eos_token_id, words.pad_token_id):
+        assert logits.softmax(-1)[:, token].max() < 1e-4
+
+
+def test_a_decoder_that_is_wrong_is_found(monkeypatch):
+    assert decode.check(shapes.make_model("1M"), "cpu") < decode.TOLERANCE
+    monkeypatch.setattr("ccpo.engines.native.silu", torch.sigmoid)
+    with pytest.raises(RunFailure, match="log-probs differ"):
+        decode.check(shapes.make_model("1M"), "cpu")
+
+
+def test_an_update_that_is_wrong_is_found(monkeypatch):
+    rows = update.make_rows(2, 4, 8, 6)
+    model = shapes.make_model("1M")
+    assert update.check(model, rows) < update.TOLERANCE
+    monkeypatch.setattr(forward, "silu", torch.sigmoid)
+    with pytest.raises(RunFailure, match="gradient"):
+        update.check(model, rows)
+
+
+@pytest.mark.parametrize("K", [1, 2, 5])
+def test_the_loops_are_the_same_credit(K):
+    inputs = kernels.inputs_of(160, K)
+    reward, without = inputs.reward_PN.tolist(), [w[..., 0].tolist() for w in inputs.without.values()]
+    ours = kernels.ours(inputs, torch.arange(20).repeat_interleave(8))
+    assert torch.allclose(
+        torch.stack([*ours.values()]), torch.tensor(kernels.loop(reward, without)).flatten(1), atol=1e-4
+    )
+    answers, scores = kernels.ballots_of(200, K)
+    assert torch.allclose(kernels.vote_credit(answers, scores).T, torch.tensor(kernels.vote_loop(answers.tolist())))
+
+
+def test_credit_that_is_wrong_is_found():
+    with pytest.raises(RunFailure, match="from the loop's"):
+        kernels._compared("votes", 10, 2, {"ccpo": int, "loop": int}, 0.5, 1)
+
+
+def test_a_step_of_ours_makes_the_tokens_it_was_asked_for(tmp_path):
+    base = shapes.save("1M", tmp_path / "base")
+    ours = OurStep(base, tmp_path / "run", "pair", {"rollout": {"prompts": 2, "samples": 2, "max_tokens": 5}})
+    ours()
+    assert ours.tokens == 2 * 2 * 2 * 5
+
+
+def test_a_side_that_made_other_tokens_is_found(tmp_path):
+    class Short:
+        tokens = 3
+
+        def __call__(self) -> None:
+            pass
+
+    with pytest.raises(RunFailure, match="tokens were to be made"):
+        step._compared("a step", "other", Short(), Short(), 1, 0, "cpu", agents=1)
+
+
+def test_a_peer_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    notes: list[str] = []
+    assert list(step.run("quick", repeats=1, device="cpu", note=notes.append)) == []
+    assert [("trl==1.16.0" in n, "comlrl==1.4.3" in n) for n in notes] == [(True, False), (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "device", "match"),
+    [(["decod"], "cpu", "Did you mean"), ([], "tpu", "cpu or cuda"), (["credit"], "cuda", "cuda")],
+)
+def test_what_cannot_be_measured_is_refused(parts, device, match, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    with pytest.raises(UserError, match=match):
+        bench(parts, device=device)
+
+
+def test_cuda_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device"):
+        bench(["decode"], device="cuda")
+
+
+def test_the_page_keeps_what_a_person_wrote(tmp_path):
+    page = tmp_path / "benchmarks.md"
+    results = {"machine": report.machine("cpu"), "command": " --quick", "minutes": 1.0, "memory": [], "notes": ["trl"]}
+    report.write_page(page, results, [comparison()])
+    assert "| a step | 2.00 s | 4.00 s (other) | 3.00 [2.00, 5.00] |" in page.read_text()
+    page.write_text(page.read_text() + "\n## By hand\n")
+    report.write_page(page, results, [comparison(name="another step")])
+    assert "another step" in page.read_text() and page.read_text().endswith("\n## By hand\n")
+
+
+def test_every_part_has_rows_of_its_columns():
+    extra = {"of_limit": 0.5, "tokens": 1.1, "exponent": 1.0}
+    for part in report.PARTS:
+        if part != "memory":
+            assert len(report.row(comparison(part=part, extra=extra))) == len(report.columns(part))
+
+
+def test_the_command_writes_its_results(tmp_path):
+    out = tmp_path / "results.json"
+    done = CliRunner().invoke(app, ["bench", "credit", "--quick", "--repeats", "1", "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert [c["part"] for c in found["comparisons"]] == ["credit", "credit"]
+    assert all(c["medians"]["ccpo"] > 0 for c in found["comparisons"])
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_a_process_of_its_own():
+    found = memory.peak("ccpo, one agent", "1M")
+    assert found["peak"] > found["before"] > 0
