@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ccpo.bench import decode, kernels, memory, peers, report, scaling, shapes, step, update
+from ccpo.bench import counterfactuals, decode, kernels, memory, peers, report, scaling, shapes, step, update
 from ccpo.bench.command import bench
 from ccpo.bench.ours import OurStep
 from ccpo.bench.timing import Comparison, in_turns
@@ -61,20 +61,35 @@ def test_random_models_never_end_a_turn():
         assert logits.softmax(-1)[:, token].max() < 1e-4
 
 
-def test_a_decoder_that_is_wrong_is_found(monkeypatch):
-    assert decode.check(shapes.make_model("1M"), "cpu") < decode.TOLERANCE
-    monkeypatch.setattr("ccpo.engines.native.silu", torch.sigmoid)
-    with pytest.raises(RunFailure, match="log-probs differ"):
-        decode.check(shapes.make_model("1M"), "cpu")
+def unturned(self, length: int) -> torch.Tensor:
+    return torch.ones(length, len(self.inv_freq), dtype=torch.complex64)
 
 
-def test_an_update_that_is_wrong_is_found(monkeypatch):
-    rows = update.make_rows(2, 4, 8, 6)
-    model = shapes.make_model("1M")
-    assert update.check(model, rows) < update.TOLERANCE
-    monkeypatch.setattr(forward, "silu", torch.sigmoid)
+@pytest.mark.parametrize("fault", [None, "activation", "no places"])
+def test_a_decoder_that_is_wrong_is_found(fault, monkeypatch):
+    if fault is None:
+        assert decode.check("1M", "cpu") < decode.TOLERANCE
+        return
+    if fault == "activation":
+        monkeypatch.setattr("ccpo.engines.native.silu", torch.sigmoid)
+    else:
+        monkeypatch.setattr("ccpo.engines.weights.Weights.rotations", unturned)
+    with pytest.raises(RunFailure, match="differs from transformers'"):
+        decode.check("1M", "cpu")
+
+
+@pytest.mark.parametrize("fault", [None, "activation", "no places"])
+def test_an_update_that_is_wrong_is_found(fault, monkeypatch):
+    if fault is None:
+        assert update.check("1M", "cpu") < update.TOLERANCE
+        return
+    if fault == "activation":
+        monkeypatch.setattr(forward, "silu", torch.sigmoid)
+    else:
+        ones = lambda rotary, at: torch.ones(len(at), 1, len(rotary.inv_freq), dtype=torch.complex64)  # noqa: E731
+        monkeypatch.setattr(forward, "_rotation", ones)
     with pytest.raises(RunFailure, match="gradient"):
-        update.check(model, rows)
+        update.check("1M", "cpu")
 
 
 @pytest.mark.parametrize("K", [1, 2, 5])
@@ -89,9 +104,23 @@ def test_the_loops_are_the_same_credit(K):
     assert torch.allclose(kernels.vote_credit(answers, scores).T, torch.tensor(kernels.vote_loop(answers.tolist())))
 
 
-def test_credit_that_is_wrong_is_found():
+@pytest.mark.parametrize("apart", [0.5, float("nan")])
+def test_credit_that_is_wrong_is_found(apart):
     with pytest.raises(RunFailure, match="from the loop's"):
-        kernels._compared("votes", 10, 2, {"ccpo": int, "loop": int}, 0.5, 1)
+        kernels._compared("votes", 10, 2, {"ccpo": int, "loop": int}, apart, 1)
+
+
+def test_every_rule_has_a_folder_of_its_own(monkeypatch):
+    seen = []
+
+    def fake(team, name, settings, base, folder, repeats, device):
+        seen.append((team, folder))
+        return comparison(part="counterfactuals", extra={"tokens": 1.0})
+
+    monkeypatch.setattr(counterfactuals, "_compare", fake)
+    monkeypatch.setattr(counterfactuals, "save", lambda size, folder: folder)
+    found = list(counterfactuals.run("full", repeats=1, device="cpu"))
+    assert len(found) == len(set(seen)) == sum(map(len, counterfactuals.RULES.values()))
 
 
 def test_a_step_of_ours_makes_the_tokens_it_was_asked_for(tmp_path):
@@ -143,6 +172,14 @@ def test_the_page_keeps_what_a_person_wrote(tmp_path):
     page.write_text(page.read_text() + "\n## By hand\n")
     report.write_page(page, results, [comparison(name="another step")])
     assert "another step" in page.read_text() and page.read_text().endswith("\n## By hand\n")
+
+
+def test_a_page_that_is_not_ours_is_left_alone(tmp_path):
+    page = tmp_path / "mine.md"
+    page.write_text("# Mine\n")
+    with pytest.raises(UserError, match="not written by ccpo bench"):
+        bench(["credit"], quick=True, page=page)
+    assert page.read_text() == "# Mine\n"
 
 
 def test_every_part_has_rows_of_its_columns():

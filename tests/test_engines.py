@@ -393,3 +393,21 @@ def test_sampled_tokens_follow_the_models_distribution():
 def test_the_seams_import_no_transformers():
     code = "import sys, ccpo.engines.base, ccpo.engines.native; assert 'transformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_attention_in_bfloat16_hangs_on_the_model_alone_and_is_nearly_as_exact(monkeypatch):
+    model = tiny_model("qwen2", hidden_size=64)
+    requests = [Request(prompt_ids=tuple(range(5, 15 + i % 7)), max_tokens=8, seed=i) for i in range(24)]
+    errors = {}
+    for wide in (0, 10**6):
+        monkeypatch.setattr("ccpo.engines.weights.WIDE", wide)
+        engine = make_engine(model, tiny_tokenizer(), dtype=torch.bfloat16)
+        assert engine.weights.attention_dtype == (torch.float32 if wide else torch.bfloat16)
+        apart = []
+        for request, said in zip(requests, engine.generate(requests), strict=True):
+            ids = torch.tensor([[*request.prompt_ids, *said.token_ids]])
+            logprobs = model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].log_softmax(-1)
+            exact = logprobs.gather(1, torch.tensor(said.token_ids)[:, None])[:, 0]
+            apart.append((exact - torch.tensor(said.logprobs)).abs())
+        errors[wide] = torch.cat(apart).mean().item()
+    assert 0 < errors[0] < 2 * errors[10**6] < 0.2

@@ -81,8 +81,10 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("short", [forward.SHORT, 0])
 @pytest.mark.parametrize("kind", SHAPES)
-def test_it_is_what_transformers_computes(kind):
+def test_it_is_what_transformers_computes(kind, short, monkeypatch):
+    monkeypatch.setattr(forward, "SHORT", short)
     model = tiny_model(kind.split("-")[0], VOCAB, **SHAPES[kind])
     rows = ragged_rows()
     ours = measured(model, rows, torch.float32, by_ccpo)
@@ -106,6 +108,21 @@ def test_in_bfloat16_it_is_no_less_exact_than_autocast():
     _, _, exact = measured(model, rows, torch.float32, by_transformers)
     ours, theirs = (measured(model, rows, torch.bfloat16, s)[2] for s in (by_ccpo, by_transformers))
     assert 0 < apart(ours, exact) < 1.3 * apart(theirs, exact)
+
+
+@pytest.mark.parametrize(
+    ("weights", "compute"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float32, torch.float32)],
+)
+def test_no_copy_of_the_weights_is_kept_that_is_not_smaller(weights, compute):
+    model = tiny_model("qwen2", VOCAB).to(weights)
+    own = {p.data_ptr() for p in model.parameters()}
+    sizes = {tuple(sorted(p.shape)) for p in model.parameters() if p.dim() == 2}
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        by_ccpo(model, ragged_rows(), compute)
+    copies = [t for t in kept if t.dim() == 2 and tuple(sorted(t.shape)) in sizes and t.data_ptr() not in own]
+    assert all(t.element_size() < torch.finfo(weights).bits // 8 for t in copies if t.shape[1] in (32, 64))
 
 
 def test_recomputed_activations_give_the_same_gradient():
@@ -163,6 +180,12 @@ def test_what_it_does_not_run():
     assert not forward.runs(torch.nn.Linear(2, 2))
     saved = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     assert not forward.runs(peft.get_peft_model(tiny_model("qwen2", VOCAB), saved))
+    embedded = peft.LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"])
+    assert not forward.runs(peft.get_peft_model(tiny_model("qwen2", VOCAB, tie_word_embeddings=False), embedded))
+    merged = peft.get_peft_model(tiny_model("qwen2", VOCAB), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert forward.runs(merged)
+    merged.merge_adapter()
+    assert not forward.runs(merged)
     dora = peft.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
     assert not forward.runs(peft.get_peft_model(tiny_model("qwen2", VOCAB), dora))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from ccpo.learner.logprobs import compute_dtype, score, token_logprobs
 from ccpo.learner.meters import Meters
 from ccpo.learner.objective import Objective, mismatch
 from ccpo.learner.optim import lr_factor
-from ccpo.learner.rows import collate, number_segments, pack
+from ccpo.learner.rows import SPREAD, collate, number_segments, pack
 from ccpo.losses import AGGREGATES, LOSSES
 from tiny import FAMILIES, tiny_model
 
@@ -158,6 +159,34 @@ def test_packing_keeps_segments_together_and_the_budget(shapes, budget):
         padded = len(part) * (max(len(rows[i].prompt_ids) for i in part) + max(len(rows[i].token_ids) for i in part))
         assert padded <= budget or len({segments[i] for i in part}) == 1
     assert packed == pack(rows, segments, budget)
+
+
+def test_packing_keeps_the_rows_of_a_prompt_together():
+    rows = [
+        row
+        for p in range(6)
+        for row in make_rows(8, seed=p, prompt_ids=tuple(range(3, 43 + p)), engine_logprobs=(), token_ids=())
+    ]
+    rng = random.Random(0)
+    sized = []
+    for row in rows:
+        ids = tuple(range(3, 3 + rng.randint(1, 9)))
+        sized.append(replace(row, token_ids=ids, engine_logprobs=(-1.0,) * len(ids)))
+    rng.shuffle(sized)
+    packed = pack(sized, range(len(sized)), 200, shared=True)
+    assert sorted(i for part in packed for i in part) == list(range(len(sized)))
+    passes = sum(len({sized[i].prompt_ids for i in part}) for part in packed)
+    assert passes <= 6 + len(packed) - 1  # a prompt is cut in two at most where a micro-batch ends
+    for part in packed:
+        prompts = {sized[i].prompt_ids for i in part}
+        assert sum(map(len, prompts)) + sum(len(sized[i].token_ids) for i in part) <= 200
+    assert len(packed) < len(pack(sized, range(len(sized)), 200))
+
+
+def test_a_prompt_is_not_spread_over_too_many_rows():
+    rows = make_rows(400, prompt_ids=tuple(range(3, 63)), token_ids=(5,), engine_logprobs=(-1.0,))
+    packed = pack(rows, range(400), 300, shared=True)
+    assert max(map(len, packed)) == SPREAD * 300 // 61
 
 
 def test_packing_sorts_by_length_and_needs_a_budget():

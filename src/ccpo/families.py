@@ -40,7 +40,8 @@ def _unfit_parameters(model: Any, adapter: str | None) -> str | None:
     devices = {p.device for p in parameters}
     if len(devices) > 1 or next(iter(devices)).type == "meta":
         return f"its parameters are not on one device ({', '.join(sorted(map(str, devices)))})"
-    if not all(p.is_floating_point() for p in parameters):
+    quantised = getattr(bare(model).config, "quantization_config", None) is not None
+    if quantised or not all(p.is_floating_point() for p in parameters):
         return "its weights are quantised"
     if adapter is None:
         return None

@@ -32,6 +32,8 @@ def bench(
     Raises UserError for an unknown part or a device that is not there, RunFailure where a side computes something wrong.
     """
     chosen = _parts(parts, device)
+    if page is not None:
+        report.refuse_other_page(page)
     if threads is not None:
         torch.set_num_threads(threads)
     mode = "gpu" if device == "cuda" else "quick" if quick else "full"
@@ -39,31 +41,33 @@ def bench(
     console, notes, started = Console(), [], time.monotonic()
     comparisons: list[Comparison] = []
     records: list[dict[str, object]] = []
+    results: dict[str, Any] = {}
     for part in chosen:
         console.print(f"[bold]{report.PARTS[part]}[/bold]")
         if part == "memory":
             records = memory.run(mode)
-            continue
-        for found in _run(part, mode, repeats, device, notes):
-            comparisons.append(found)
-            report.show(found, console)
-    results = {
-        "command": "".join(f" {p}" for p in parts) + " --quick" * quick + f" --device {device}" * (device != "cpu"),
-        "machine": report.machine(device),
-        "mode": mode,
-        "repeats": repeats,
-        "minutes": (time.monotonic() - started) / 60,
-        "comparisons": [c.to_json() for c in comparisons],
-        "memory": records,
-        "notes": notes,
-    }
+        else:
+            for found in _run(part, mode, repeats, device, notes):
+                comparisons.append(found)
+                report.show(found, console)
+        # after each part, so that nothing is lost where a later one fails
+        results = {
+            "command": "".join(f" {p}" for p in parts) + " --quick" * quick + f" --device {device}" * (device != "cpu"),
+            "machine": report.machine(device),
+            "mode": mode,
+            "repeats": repeats,
+            "minutes": (time.monotonic() - started) / 60,
+            "comparisons": [c.to_json() for c in comparisons],
+            "memory": records,
+            "notes": notes,
+        }
+        if out is not None:
+            report.write_json(out, results)
+        if page is not None:
+            report.write_page(page, results, comparisons)
     report.summary(results, comparisons, console)
     for note in notes:
         console.print(f"left out: {note}")
-    if out is not None:
-        report.write_json(out, results)
-    if page is not None:
-        report.write_page(page, results, comparisons)
     return results
 
 

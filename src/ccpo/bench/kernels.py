@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -52,7 +51,7 @@ def loop(reward: Sequence[Sequence[float]], without: Sequence[Sequence[Sequence[
         for group, removed in zip(reward, agent, strict=True):
             credit = [r - w for r, w in zip(group, removed, strict=True)]
             mean = sum(credit) / len(credit)
-            spread = statistics.stdev(credit)
+            spread = (sum((c - mean) ** 2 for c in credit) / (len(credit) - 1)) ** 0.5
             rows.append([(c - mean) / (spread + EPS) if spread > 0 else 0.0 for c in credit])
         advantages.append(rows)
     return advantages
@@ -116,7 +115,7 @@ def _votes(rollouts: int, K: int, repeats: int) -> Comparison:
 
 
 def _compared(name: str, rollouts: int, K: int, sides: dict, apart: float, repeats: int) -> Comparison:
-    if apart > 1e-4:
+    if not apart <= 1e-4:
         raise RunFailure(f"{name}: the vectorised credit is {apart:.1e} from the loop's")
     seconds = in_turns(sides, repeats=repeats)
     factor = rollouts / min(rollouts, LOOP)

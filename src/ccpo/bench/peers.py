@@ -26,8 +26,8 @@ def problems(count: int, digits: int = 7) -> list[str]:
 
 
 class TrlStep:
-    """GRPOTrainer in a thread of its own that pauses after each step, as it has no step to call. On a CPU its best setting is
-    bfloat16 with eager attention."""
+    """GRPOTrainer in a thread of its own that pauses after each step, as it has no step to call. Bfloat16, without recomputed
+    activations; on a CPU with eager attention, as SDPA's bfloat16 backward pass is slow there."""
 
     def __init__(
         self, base: Path, folder: Path, *, prompts: int, samples: int, tokens: int, steps: int, device: str
@@ -68,6 +68,7 @@ class TrlStep:
                 learning_rate=1e-6,
                 beta=0.0,
                 bf16=True,
+                gradient_checkpointing=False,
                 use_cpu=cpu,
                 report_to=[],
                 save_strategy="no",
@@ -101,7 +102,7 @@ class TrlStep:
 
 class ComlrlStep:
     """MAGRPOTrainer with two agents of one turn, which both see the problem and are paid together. It generates problem by problem and
-    updates when its buffer holds a batch."""
+    updates when its buffer holds a batch; it has no mixed precision, so that it works in float32."""
 
     def __init__(self, base: Path, *, prompts: int, samples: int, tokens: int, device: str) -> None:
         from comlrl.trainers.reinforce.magrpo import MAGRPOConfig, MAGRPOTrainer

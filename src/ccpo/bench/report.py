@@ -16,6 +16,7 @@ from rich.table import Table
 from ccpo.bench.timing import Comparison
 from ccpo.compare.extract import cpu_model
 from ccpo.compare.markdown import number, table
+from ccpo.errors import UserError
 
 PARTS = {
     "decode": "Decoding",
@@ -124,9 +125,19 @@ def write_json(path: Path, results: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
+def refuse_other_page(path: Path) -> str:
+    """What is written by hand at the end of an earlier page. Raises UserError for a file that is no such page."""
+    if not path.exists():
+        return "\n"
+    _, mark, kept = path.read_text(encoding="utf-8").partition(KEPT)
+    if not mark:
+        raise UserError(f"{path} is there and was not written by ccpo bench; give --page another name, or remove it")
+    return kept
+
+
 def write_page(path: Path, results: Mapping[str, Any], comparisons: Sequence[Comparison]) -> None:
     """The page; what stands under the line ``KEPT`` stays."""
-    kept = path.read_text(encoding="utf-8").partition(KEPT)[2] if path.exists() else "\n"
+    kept = refuse_other_page(path)
     on = results["machine"]
     versions = ", ".join(f"{p} {on[p]}" for p in ("ccpo", "torch", "transformers", "trl", "comlrl") if p in on)
     command = f"ccpo bench{results['command']}"

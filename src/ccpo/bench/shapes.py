@@ -41,8 +41,9 @@ def tokenizer() -> Any:
     return character_tokenizer(ALPHABET)
 
 
-def make_model(size: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, positions: int = 4_096) -> Any:
-    """A random model of the size, in eval mode."""
+def make_model(size: str, *, device: str = "cpu", positions: int = 4_096, sharp: bool = False) -> Any:
+    """A random float32 model of the size, in eval mode. ``sharp``: one that hangs on every word and its place, to check results with; it may
+    end its turns."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     shape, words = SIZES[size], tokenizer()
@@ -61,8 +62,14 @@ def make_model(size: str, *, device: str = "cpu", dtype: torch.dtype = torch.flo
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    never_ends(model, words.eos_token_id, words.pad_token_id)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if sharp:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.dim() == 2:
+                    weight.normal_(std=(0.5 if "embed" in name else 1.5) * weight.shape[1] ** -0.5)
+    else:
+        never_ends(model, words.eos_token_id, words.pad_token_id)
     return model.eval()
 
 

@@ -14,6 +14,7 @@ from ccpo.bench.timing import Comparison, in_turns
 from ccpo.errors import RunFailure
 
 PROMPTS, SAMPLES, TOKENS = 8, 8, 32
+DTYPES = {"TRL GRPOTrainer": "bfloat16 on both sides", "CoMLRL MAGRPOTrainer": "bfloat16, and float32 there"}
 SIZES = {"full": ("1M", "5M", "25M"), "quick": ("1M",), "gpu": ("0.5B",)}
 
 
@@ -64,8 +65,8 @@ def _compared(
         raise RunFailure(f"{name}: {expected} tokens were to be made; ccpo made {ours.tokens}, {label} {theirs.tokens}")
     return Comparison(
         part="step",
-        name=name,
-        shape={"prompts": PROMPTS, "samples": SAMPLES, "new": TOKENS, "agents": agents},
+        name=f"{name}; {DTYPES[label]}",
+        shape={"prompts": PROMPTS, "samples": SAMPLES, "new": TOKENS, "agents": agents, "dtype": DTYPES[label]},
         seconds=seconds,
         work=expected,
         unit="tokens",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ccpo.errors import RunFailure
-from ccpo.learner import Policy, TrainRow
+from ccpo.learner import Policy, TrainRow, forward
 from ccpo.learner.logprobs import score
 from ccpo.learner.objective import Objective
 from ccpo.learner.rows import collate, number_segments, pack
@@ -111,7 +111,7 @@ def exact_gradient(
         return total
     segments = number_segments(rows)
     counts = denominators(torch.tensor([len(r.token_ids) for r in rows]), torch.tensor(segments), objective.constant)
-    for part in pack(rows, segments, MICROBATCH):
+    for part in pack(rows, segments, MICROBATCH, shared=forward.runs(policy.model)):
         batch = collate([rows[i] for i in part], [segments[i] for i in part], policy.device)
         logprob_BT, entropy_BT = score(policy.model, batch, compute)
         loss, _ = objective(logprob_BT, entropy_BT, batch, counts)

@@ -25,7 +25,6 @@ CHECK = 4  # steps between two looks at which rows have ended
 KEEP = 0.75  # finished rows leave when at most this share of the batch is still alive
 PREFILL_TOKENS = 8_192  # prompt tokens that go through a layer at once
 LOGITS = 2**26  # rows times vocabulary of one step
-SMALL_CACHE = 2**19  # numbers in a layer's keys up to which a CPU attends faster in float32 than in bfloat16
 
 
 @dataclass(slots=True, kw_only=True)
@@ -93,7 +92,7 @@ class NativeEngine:
     def logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The logits after each prompt, ``[prompts, vocabulary]``: those that its first token is sampled from."""
         with torch.inference_mode():
-            return self._logits(self._prefill([tuple(p) for p in prompts], len(prompts), spare=0).hidden_BH)
+            return self._logits(self._prefill([tuple(p) for p in prompts], spare=0).hidden_BH)
 
     def _run(self, requests: list[Request]) -> list[Completion]:
         steps = max(r.max_tokens for r in requests)
@@ -138,22 +137,20 @@ class NativeEngine:
         """Prefills the distinct prompts and deals their caches out to the requests' rows."""
         prompts, owner = distinct([r.prompt_ids for r in requests])
         if len(prompts) == len(requests):
-            return self._prefill(prompts, len(requests), spare=steps)
-        batch = self._prefill(prompts, len(requests), spare=0)
+            return self._prefill(prompts, spare=steps)
+        batch = self._prefill(prompts, spare=0)
         batch.select(torch.tensor(owner, device=self.device))
         batch.widen(steps)
         return batch
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]], rows: int, *, spare: int) -> Batch:
-        """Runs the prompts, a chunk of columns at a time, into caches with room for ``spare`` more columns. ``rows``: how many will be
-        decoded from them."""
+    def _prefill(self, prompts: Sequence[tuple[int, ...]], *, spare: int) -> Batch:
+        """Runs the prompts, a chunk of columns at a time, into caches with room for ``spare`` more columns."""
         w, width, count = self.weights, max(map(len, prompts)), len(prompts)
         size_B = torch.tensor([len(p) for p in prompts], device=self.device)
         ids_BL = torch.tensor([(0,) * (width - len(p)) + p for p in prompts], device=self.device)
         self.prefill_tokens += sum(map(len, prompts))
         real_BL = torch.arange(width, device=self.device) >= (width - size_B)[:, None]
-        small = self.device.type == "cpu" and rows * w.kv_heads * w.head_dim * width <= SMALL_CACHE
-        dtype = torch.float32 if small else self.dtype
+        dtype = w.attention_dtype
 
         def cache(*shape: int) -> list[Tensor]:
             return [torch.empty(count, w.kv_heads, *shape, dtype=dtype, device=self.device) for _ in w.layers]
@@ -205,7 +202,7 @@ class NativeEngine:
             if columns.start:
                 key, value = keys[..., : columns.stop].transpose(2, 3), values[:, :, : columns.stop]
             mixed = scaled_dot_product_attention(
-                query, key, value, attn_mask=allowed, scale=1.0, enable_gqa=w.heads != w.kv_heads
+                query, key, value, attn_mask=allowed, scale=w.scale, enable_gqa=w.heads != w.kv_heads
             )
             hidden = self._absorb(layer, hidden, mixed.transpose(1, 2).flatten(2).flatten(0, 1)[packed])
         return hidden
@@ -220,7 +217,7 @@ class NativeEngine:
             query, key, value = self._project(layer, hidden, turn).to(keys.dtype).split(w.split, 1)
             keys[..., column], values[:, :, column] = key, value
             # The query heads of one key head are rows of one matrix: grouped heads need no copies of their keys.
-            query = query.reshape(rows * w.kv_heads, -1, w.head_dim)
+            query = (query * w.scale).reshape(rows * w.kv_heads, -1, w.head_dim)
             scores = torch.bmm(query, keys[..., : batch.filled].flatten(0, 1))
             if batch.mask is not None:
                 scores += batch.mask[..., : batch.filled]

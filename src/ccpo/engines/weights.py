@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ccpo.families import bare, head_dim
 
+WIDE = 512  # hidden channels from which a CPU attends faster in bfloat16
+
 
 def native_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it, else float32."""
@@ -28,7 +30,7 @@ class Layer:
     """One block. Matrices are ``[out, in]`` as in `torch.nn.Linear`; ``qk_norm``: ``[heads + kv_heads, head_dim]``.
 
     Within each query and key head the channels are *interleaved*: those two that are rotated together stand side by side, so that
-    a rotation is one product of complex numbers. The scale of the attention is in the queries' weights.
+    a rotation is one product of complex numbers.
     """
 
     attention_norm: Tensor
@@ -46,11 +48,14 @@ class Layer:
 
 @dataclass(slots=True, kw_only=True)
 class Weights:
-    """All of a model that decoding reads. ``dtype`` is that of the matrices."""
+    """All of a model that decoding reads. ``dtype`` is that of the matrices; the attention and its cache are in ``attention_dtype``: on a
+    CPU float32 for models narrower than ``WIDE``, whose bfloat16 products would be slower. It hangs on the model alone: what is
+    batched together must not matter."""
 
     source: Any
     adapter: str | None
     dtype: torch.dtype
+    attention_dtype: torch.dtype
     device: torch.device
     heads: int
     kv_heads: int
@@ -79,6 +84,7 @@ class Weights:
                 source=source,
                 adapter=adapter,
                 dtype=dtype,
+                attention_dtype=torch.float32 if device.type == "cpu" and config.hidden_size < WIDE else dtype,
                 device=device,
                 heads=config.num_attention_heads,
                 kv_heads=config.num_key_value_heads,
@@ -144,9 +150,7 @@ class Weights:
         attention, mlp = block.self_attn, block.mlp
         layer.attention_norm.copy_(block.input_layernorm.weight)
         layer.mlp_norm.copy_(block.post_attention_layernorm.weight)
-        normed = layer.qk_norm is not None
-        scales = (1.0 if normed else self.scale, 1.0, 1.0)
-        _stack(layer.qkv, layer.qkv_bias, (attention.q_proj, attention.k_proj, attention.v_proj), self.adapter, scales)
+        _stack(layer.qkv, layer.qkv_bias, (attention.q_proj, attention.k_proj, attention.v_proj), self.adapter)
         for rows in (layer.qkv, layer.qkv_bias):
             if rows is not None:
                 turning = rows[: (self.heads + self.kv_heads) * self.head_dim].unflatten(0, (-1, self.head_dim))
@@ -154,8 +158,8 @@ class Weights:
         _stack(layer.out, layer.out_bias, (attention.o_proj,), self.adapter)
         _stack(layer.gate_up, layer.gate_up_bias, (mlp.gate_proj, mlp.up_proj), self.adapter)
         _stack(layer.down, layer.down_bias, (mlp.down_proj,), self.adapter)
-        if normed:
-            layer.qk_norm[: self.heads] = _interleaved(attention.q_norm.weight, 0) * self.scale
+        if layer.qk_norm is not None:
+            layer.qk_norm[: self.heads] = _interleaved(attention.q_norm.weight, 0)
             layer.qk_norm[self.heads :] = _interleaved(attention.k_norm.weight, 0)
 
     def rotations(self, length: int) -> Tensor:
@@ -172,21 +176,15 @@ def _interleaved(x: Tensor, dim: int) -> Tensor:
     return torch.stack(x.chunk(2, dim), dim + 1).flatten(dim, dim + 1)
 
 
-def _stack(
-    into: Tensor,
-    bias: Tensor | None,
-    modules: tuple[Any, ...],
-    adapter: str | None,
-    scales: tuple[float, ...] = (1.0, 1.0),
-) -> None:
-    """Writes the modules' weights, and biases, below one another, each times its scale."""
+def _stack(into: Tensor, bias: Tensor | None, modules: tuple[Any, ...], adapter: str | None) -> None:
+    """Writes the modules' weights, and biases, below one another."""
     start = 0
-    for module, scale in zip(modules, scales, strict=False):
-        weight = _weight(module, adapter) * scale
+    for module in modules:
+        weight = _weight(module, adapter)
         end = start + weight.shape[0]
         into[start:end] = weight
         if bias is not None:
-            bias[start:end] = module.bias * scale
+            bias[start:end] = module.bias
         start = end
 
 

@@ -8,6 +8,7 @@ in ``compute``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,8 +26,11 @@ def runs(model: nn.Module) -> bool:
     """Whether :func:`hidden_states` can run this model, or this PeftModel with its active adapters."""
     if not hasattr(model, "peft_config"):
         return unsupported(model) is None
-    whole = any(hasattr(module, "original_module") for module in model.modules())
-    return not whole and all(unsupported(model, name) is None for name in model.active_adapters)
+    for m in model.modules():
+        # modules trained whole beside the adapter, adapted embeddings, adapters merged into the weights
+        if hasattr(m, "original_module") or getattr(m, "lora_embedding_A", None) or getattr(m, "merged", False):
+            return False
+    return all(unsupported(model, name) is None for name in model.active_adapters)
 
 
 def hidden_states(model: nn.Module, layout: Layout, compute: torch.dtype) -> Tensor:
@@ -34,6 +38,9 @@ def hidden_states(model: nn.Module, layout: Layout, compute: torch.dtype) -> Ten
     source = bare(model)
     body, embed = source.model, source.model.embed_tokens
     turn = _rotation(body.rotary_emb, layout.position_M)
+    layout = layout.biased(
+        torch.promote_types(compute, torch.float32) if layout.ids_M.device.type == "cpu" else compute
+    )
     stream = embedding(layout.ids_M, embed.weight, embed.padding_idx)
     stream = stream.to(torch.promote_types(stream.dtype, torch.float32))
     branch = torch.zeros((), dtype=compute, device=stream.device)
@@ -105,7 +112,6 @@ def _attend(attention: Any, qkv: Tensor, layout: Layout, turn: Tensor) -> Tensor
 
 
 def _look(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
-    bias = bias.to(query.dtype)
     if query.device.type == "cpu" and key.shape[2] <= SHORT:
         return _Short.apply(query, key, value, bias, scale)
     gqa = query.shape[1] != key.shape[1]
@@ -130,8 +136,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MH: Tensor, count: int, *parameters: Tensor) -> Tensor:
         weights, biases = parameters[:count], parameters[count:]
-        weight = torch.cat([w.to(x_MH.dtype) for w in weights]) if count > 1 else weights[0].to(x_MH.dtype)
-        ctx.save_for_backward(x_MH, weight)
+        weight = _fused(weights, x_MH.dtype)
+        # a copy in a smaller dtype is worth keeping; any other is made again in the backward pass
+        kept = (weight,) if weight.element_size() < weights[0].element_size() else weights
+        ctx.save_for_backward(x_MH, *kept)
         ctx.rows, ctx.dtype, ctx.biased = [len(w) for w in weights], weights[0].dtype, bool(biases)
         if not biases:
             return x_MH @ weight.t()
@@ -139,8 +147,8 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x_MH, weight = ctx.saved_tensors
-        dx = grad @ weight if ctx.needs_input_grad[0] else None
+        x_MH, *kept = ctx.saved_tensors
+        dx = grad @ _fused(kept, grad.dtype) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[2:]):
             return dx, None, *[None] * (len(ctx.needs_input_grad) - 2)
         dw = (grad.t() @ x_MH).to(ctx.dtype).split(ctx.rows)
@@ -148,6 +156,11 @@ class _Linear(torch.autograd.Function):
             return dx, None, *dw
         db = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(ctx.dtype).split(ctx.rows)
         return dx, None, *dw, *db
+
+
+def _fused(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The weights below one another."""
+    return torch.cat([w.to(dtype) for w in weights]) if len(weights) > 1 else weights[0].to(dtype)
 
 
 class _AddNorm(torch.autograd.Function):

@@ -114,6 +114,10 @@ class Layout:
         )
         return made.to(device)
 
+    def biased(self, dtype: torch.dtype) -> Layout:
+        """The same with what is added to the attention's scores in their dtype."""
+        return replace(self, before_11PP=self.before_11PP.to(dtype), before_R1TC=self.before_R1TC.to(dtype))
+
     def to(self, device: torch.device) -> Layout:
         """The same on another device."""
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}

@@ -89,14 +89,13 @@ def _chunks(logits_NV: Tensor) -> Iterator[slice]:
 def score(model: nn.Module, batch: MicroBatch, compute: torch.dtype) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy of each completion token of a micro-batch, both ``[B, T]``.
 
-    ``compute`` is the dtype of matrix products: bfloat16, or the weights' own. Models that :mod:`ccpo.learner.forward` does not
-    run are left to transformers, with padding and under autocast.
+    ``compute`` is the dtype of matrix products; transformers knows bfloat16, by autocast, and the weights' own. To it are left the models
+    that :mod:`ccpo.learner.forward` does not run, with padding.
     """
     if forward.runs(model):
-        batch.layout = batch.layout or Layout.of(batch.rows, batch.ids_BL.device)
-        hidden_NH = forward.hidden_states(model, batch.layout, compute)
-        logprob_N, entropy_N = _scored(bare(model).lm_head, hidden_NH, batch.layout)
-        return logprob_N[batch.layout.scored_BT], entropy_N[batch.layout.scored_BT]
+        layout = Layout.of(batch.rows, batch.ids_BL.device)
+        logprob_N, entropy_N = _scored(bare(model).lm_head, forward.hidden_states(model, layout, compute), layout)
+        return logprob_N[layout.scored_BT], entropy_N[layout.scored_BT]
     logits_BTV = completion_logits(model, batch, compute)
     return token_logprobs(logits_BTV, batch.ids_BL[:, -logits_BTV.shape[1] :], batch.temperature_B)
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ccpo.learner.layout import Layout
+SPREAD = 4  # what attention spreads a prompt over its rows is no more than so many times the tokens of a micro-batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +42,7 @@ class TrainRow:
 @dataclass(slots=True, kw_only=True)
 class MicroBatch:
     """Rows side by side: prompts padded on the left and completions on the right, so that the first tokens of all
-    completions share column ``L - T``. ``layout`` is the same without padding; it, ``old_BT`` and ``ref_BT`` are filled where they are
-    needed."""
+    completions share column ``L - T``. ``old_BT`` and ``ref_BT`` are filled where the objective needs them."""
 
     rows: tuple[TrainRow, ...]
     ids_BL: Tensor
@@ -56,7 +53,6 @@ class MicroBatch:
     advantage_B: Tensor
     segment_B: Tensor
     temperature_B: Tensor
-    layout: Layout | None = None
     old_BT: Tensor | None = None
     ref_BT: Tensor | None = None
 
@@ -71,34 +67,70 @@ def number_segments(rows: Sequence[TrainRow]) -> list[int]:
     return [seen.setdefault(row.segment, len(seen)) for row in rows]
 
 
-def pack(rows: Sequence[TrainRow], segments: Sequence[int], budget: int) -> list[list[int]]:
+def pack(rows: Sequence[TrainRow], segments: Sequence[int], budget: int, *, shared: bool = False) -> list[list[int]]:
     """Indices of ``rows`` in micro-batches of similar length.
 
     A micro-batch of ``n`` rows has ``n * (longest prompt + longest completion) <= budget``, unless it is one segment
     alone: the rows of a segment stay together, since they may share an importance ratio. The order depends on lengths
-    and positions only. Raises ValueError for a budget below 1.
+    and positions only. With ``shared``, rows of one prompt stand together, a prompt counts once for all its rows, and the
+    rectangle above may have ``SPREAD`` times the budget. Raises ValueError for a budget below 1.
     """
     if budget < 1:
         raise ValueError(f"the token budget of a micro-batch is at least 1; got {budget}")
     members: dict[int, list[int]] = {}
     for index, segment in enumerate(segments):
         members.setdefault(segment, []).append(index)
-    shapes = []
-    for indices in members.values():
-        prompt = max(len(rows[i].prompt_ids) for i in indices)
-        completion = max(len(rows[i].token_ids) for i in indices)
-        shapes.append((prompt + completion, prompt, completion, indices))
     packed: list[list[int]] = []
-    widest = (0, 0)
-    for _, prompt, completion, indices in sorted(shapes):
-        wider = (max(widest[0], prompt), max(widest[1], completion))
-        if packed and (len(packed[-1]) + len(indices)) * sum(wider) <= budget:
+    load = _Load()
+    for indices in sorted(members.values(), key=lambda indices: _place([rows[i] for i in indices], shared)):
+        more = [rows[i] for i in indices]
+        if packed and load.fits(more, budget, shared):
             packed[-1] += indices
-            widest = wider
         else:
             packed.append(list(indices))
-            widest = (prompt, completion)
+            load = _Load()
+        load.add(more)
     return packed
+
+
+def _place(rows: Sequence[TrainRow], shared: bool) -> tuple[object, ...]:
+    """By what segments are sorted."""
+    prompt, completion = max(len(r.prompt_ids) for r in rows), max(len(r.token_ids) for r in rows)
+    if shared:
+        return prompt, rows[0].prompt_ids, completion
+    return prompt + completion, prompt, completion
+
+
+@dataclass(slots=True)
+class _Load:
+    """What a micro-batch holds."""
+
+    rows: int = 0
+    prompt: int = 0
+    completion: int = 0
+    tokens: int = 0
+    prompts: set[tuple[int, ...]] = field(default_factory=set)
+
+    def fits(self, more: Sequence[TrainRow], budget: int, shared: bool) -> bool:
+        rows, prompt, completion = self._with(more)
+        if not shared:
+            return rows * (prompt + completion) <= budget
+        return self.tokens + self._new(more) <= budget and rows * (prompt + completion) <= SPREAD * budget
+
+    def add(self, more: Sequence[TrainRow]) -> None:
+        self.rows, self.prompt, self.completion = self._with(more)
+        self.tokens += self._new(more)
+        self.prompts |= {r.prompt_ids for r in more}
+
+    def _new(self, more: Sequence[TrainRow]) -> int:
+        """Tokens that these rows add, prompts that are there already apart."""
+        return sum(len(r.token_ids) for r in more) + sum(map(len, {r.prompt_ids for r in more} - self.prompts))
+
+    def _with(self, more: Sequence[TrainRow]) -> tuple[int, int, int]:
+        prompt, completion = (
+            max(map(len, ids)) for ids in zip(*((r.prompt_ids, r.token_ids) for r in more), strict=True)
+        )
+        return self.rows + len(more), max(self.prompt, prompt), max(self.completion, completion)
 
 
 def collate(rows: Sequence[TrainRow], segments: Sequence[int], device: torch.device) -> MicroBatch:

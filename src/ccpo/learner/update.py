@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ccpo.learner import forward
 from ccpo.learner.failure import refuse
 from ccpo.learner.logprobs import compute_dtype, score, training
 from ccpo.learner.meters import Meters
@@ -144,16 +145,16 @@ class Learner:
             if row.token_ids:
                 by_agent.setdefault(row.policy, {}).setdefault(row.agent, []).append(row)
         return {
-            name: [self._share(agent, agents[agent], self.policies[name].device, meters) for agent in agents]
+            name: [self._share(agent, agents[agent], self.policies[name], meters) for agent in agents]
             for name in self.optimizers
             if (agents := by_agent.get(name))
         }
 
-    def _share(self, agent: str, rows: list[TrainRow], device: torch.device, meters: Meters) -> Share:
+    def _share(self, agent: str, rows: list[TrainRow], policy: Policy, meters: Meters) -> Share:
         segments = number_segments(rows)
         live = self._live(rows, segments)
         chosen, numbers = [rows[i] for i in live], [segments[i] for i in live]
-        packed = pack(chosen, numbers, self._microbatch_tokens)
+        packed = pack(chosen, numbers, self._microbatch_tokens, shared=forward.runs(policy.model))
         meters.add(agent, "rows", len(rows))
         meters.add(agent, "rows_without_signal", len(rows) - len(live))
         meters.add(agent, "tokens", sum(len(row.token_ids) for row in rows))
@@ -162,7 +163,7 @@ class Learner:
             counts=denominators(
                 torch.tensor([len(row.token_ids) for row in rows]), torch.tensor(segments), self.objective.constant
             ),
-            batches=[collate([chosen[i] for i in part], [numbers[i] for i in part], device) for part in packed],
+            batches=[collate([chosen[i] for i in part], [numbers[i] for i in part], policy.device) for part in packed],
         )
 
     def _live(self, rows: list[TrainRow], segments: list[int]) -> list[int]:
