@@ -109,13 +109,19 @@ class ComlrlStep:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._problems, self._next, self._prompts = problems(4_096), 0, prompts
-        self._texts: list[str] = []
+        self.tokens = 0
+        outer = self
+
+        class Counting(MAGRPOTrainer):
+            def _generate_completions(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+                found = super()._generate_completions(*args, **kwargs)
+                outer.tokens += sum(found["response_lens"])
+                return found
 
         def reward(first: list[str], second: list[str], **kwargs: Any) -> list[float]:
-            self._texts += [*first, *second]
             return [(parity(a) + parity(b)) / 2 for a, b in zip(first, second, strict=True)]
 
-        self._trainer = MAGRPOTrainer(
+        self._trainer = Counting(
             agents=[AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32) for _ in range(2)],
             num_agents=2,
             tokenizer=AutoTokenizer.from_pretrained(base, padding_side="left"),
@@ -142,12 +148,7 @@ class ComlrlStep:
             agent.train()
 
     def __call__(self) -> None:
-        self._texts.clear()
+        self.tokens = 0
         for _ in range(self._prompts):
             self._trainer._train_step_returns({"prompt": self._problems[self._next % len(self._problems)]})
             self._next += 1
-
-    @property
-    def tokens(self) -> int:
-        """Characters, of which each is a token."""
-        return sum(map(len, self._texts))
