@@ -17,6 +17,7 @@ from ccpo.errors import RunFailure, UserError
 from ccpo.learner import forward
 
 torch.set_num_threads(1)
+SHAPE = {"prompts": 2, "samples": 2, "tokens": 5}
 
 
 def comparison(**more) -> Comparison:
@@ -138,7 +139,7 @@ def test_a_side_that_made_other_tokens_is_found(tmp_path):
             pass
 
     with pytest.raises(RunFailure, match="tokens were to be made"):
-        step._compared("a step", "other", Short(), Short(), 1, 0, "cpu", agents=1)
+        step._compared("a step", "other", Short(), Short(), SHAPE, 1, 0, "cpu", agents=1)
 
 
 def test_a_peer_that_is_not_installed_is_told(monkeypatch):

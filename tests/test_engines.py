@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from ccpo.engines import native
 from ccpo.engines.base import batches, make_engine
 from ccpo.engines.finish import decoder
+from ccpo.engines.graphs import Arena, rounded
 from ccpo.engines.weights import native_dtype
 from ccpo.errors import RunFailure, UserError
 from ccpo.families import unsupported
@@ -149,8 +150,8 @@ def test_equal_prompts_are_prefilled_once():
 
 def test_finished_rows_leave_the_batch(monkeypatch):
     widths: list[int] = []
-    step = native.NativeEngine._step
-    monkeypatch.setattr(native.NativeEngine, "_step", lambda *a: (widths.append(len(a[2])), step(*a))[1])
+    step = native.NativeEngine.step
+    monkeypatch.setattr(native.NativeEngine, "step", lambda *a: (widths.append(len(a[2])), step(*a))[1])
     model = tiny_model()
     with torch.no_grad():
         model.get_input_embeddings().weight[1] = 0  # a logit of 0: with these seeds no row ends early
@@ -164,6 +165,31 @@ def test_finished_rows_leave_the_batch(monkeypatch):
     (done,) = engine.generate([replace(asked[-1], stop=(stop,))])
     assert done.finish is FinishReason.STOP
     assert len(done.token_ids) <= len(widths) + 1 <= len(done.token_ids) + native.CHECK
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fixed_addresses_give_the_same(variant):
+    family, overrides = VARIANTS[variant]
+    model = tiny_model(family, **overrides)
+    plain, fixed = (make_engine(model, TOKENIZER, kind="native", dtype=torch.float32) for _ in range(2))
+    fixed.arena = Arena(fixed.weights, fixed.step)
+    for seed in range(3):  # batches of other shapes in the same memory
+        asked = mixed_requests(10 * seed + 14, seed=seed)
+        for a, b in zip(plain.generate(asked), fixed.generate(asked), strict=True):
+            assert (a.token_ids, a.finish) == (b.token_ids, b.finish)
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+    shapes = set(fixed.arena.fixed)
+    assert len(shapes) > 1 and all(r % 8 == 0 and c % 64 == 0 for r, c in shapes)
+    before = {id(f): dict(f.recordings) for f in fixed.arena.fixed.values()}
+    fixed.generate(mixed_requests(34, seed=2))
+    assert {id(f): f.recordings for f in fixed.arena.fixed.values()} == before  # nothing is recorded twice
+
+
+def test_rows_and_columns_come_in_few_sizes():
+    sizes = sorted({rounded(n, 8) for n in range(1, 1_025)})
+    assert sizes[:12] == [8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128]
+    assert sizes[-4:] == [640, 768, 896, 1_024]
+    assert all(n <= rounded(n, 8) <= max(n + 7, 1.25 * n + 8) for n in range(1, 1_025))
 
 
 def test_end_tokens_of_generation_config_and_tokenizer_both_end():

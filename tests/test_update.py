@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ccpo.errors import RunFailure, UserError
-from ccpo.learner import Learner, Policy, TrainRow
+from ccpo.learner import Learner, Policy, TrainRow, logprobs
 from ccpo.learner.logprobs import compute_dtype, score, token_logprobs
 from ccpo.learner.meters import Meters
 from ccpo.learner.objective import Objective, mismatch
@@ -203,7 +203,7 @@ def test_packing_sorts_by_length_and_needs_a_budget():
 
 
 def test_token_logprobs_against_the_plain_formula(monkeypatch):
-    monkeypatch.setattr("ccpo.learner.logprobs.CHUNK", 7 * 4)  # four tokens a chunk: several chunks, the last one short
+    monkeypatch.setitem(logprobs.CHUNK, "cpu", 7 * 4)  # four tokens a chunk: several chunks, the last one short
     logits = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ids = torch.randint(0, 7, (3, 5), generator=torch.Generator().manual_seed(1))
     temperature = torch.tensor([1.0, 0.5, 2.0])

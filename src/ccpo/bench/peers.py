@@ -27,7 +27,8 @@ def problems(count: int, digits: int = 7) -> list[str]:
 
 class TrlStep:
     """GRPOTrainer in a thread of its own that pauses after each step, as it has no step to call. Bfloat16, without recomputed
-    activations; on a CPU with eager attention, as SDPA's bfloat16 backward pass is slow there."""
+    activations. On a CPU by autocast and with eager attention, as SDPA's bfloat16 backward pass is slow there; on a GPU with the weights
+    in bfloat16 too, which autocast would convert again at every token."""
 
     def __init__(
         self, base: Path, folder: Path, *, prompts: int, samples: int, tokens: int, steps: int, device: str
@@ -56,7 +57,9 @@ class TrlStep:
         cpu = device == "cpu"
         self._trainer = GRPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(
-                base, attn_implementation="eager" if cpu else "sdpa", dtype=torch.float32
+                base,
+                attn_implementation="eager" if cpu else "sdpa",
+                dtype=torch.float32 if cpu else torch.bfloat16,
             ),
             reward_funcs=reward,
             args=GRPOConfig(

@@ -1,22 +1,23 @@
 """The native decoder: Qwen2, Qwen3 and Llama models as a handful of tensor operations a layer.
 
-Prompts are padded on the left, so that the cache grows by one column a step for all rows. Equal prompts are prefilled
-once and their cache is dealt out to their rows. Rows that have finished leave the batch. The device is asked which they
-are once in `CHECK` steps; what a row samples beyond its end is dropped afterwards.
+Equal prompts are prefilled once and their cache (`ccpo.engines.cache`) is dealt out to their rows. Rows that have finished leave the
+batch. The device is asked which they are once in `CHECK` steps; what a row samples beyond its end is dropped afterwards. On a GPU a step
+is recorded once and then played (`ccpo.engines.graphs`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from ccpo.engines.base import batches, check_requests, distinct
+from ccpo.engines.cache import Block, Cache
 from ccpo.engines.finish import complete, contains, decoder, end_ids, tail_length
+from ccpo.engines.graphs import Arena, Fixed
 from ccpo.engines.sampling import Sampler
 from ccpo.engines.weights import Layer, Weights
 from ccpo.types import Completion, Request
@@ -25,39 +26,6 @@ CHECK = 4  # steps between two looks at which rows have ended
 KEEP = 0.75  # finished rows leave when at most this share of the batch is still alive
 PREFILL_TOKENS = 8_192  # prompt tokens that go through a layer at once
 LOGITS = 2**26  # rows times vocabulary of one step
-
-
-@dataclass(slots=True, kw_only=True)
-class Batch:
-    """The rows that are being decoded.
-
-    ``hidden_BH``: the last hidden states. ``keys``, ``values``: per layer ``[B, kv_heads, head_dim, columns]`` (so that a step's
-    product runs along memory) and ``[B, kv_heads, columns, head_dim]``; the first ``filled`` columns are in use.
-    ``mask``: added to the scores, ``[B * kv_heads, 1, columns]``; None where no prompt is padded. ``position_B``: the next token's.
-    """
-
-    hidden_BH: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
-    filled: int
-    mask: Tensor | None
-    position_B: Tensor
-
-    def select(self, rows: Tensor) -> None:
-        """Only these rows, in this order; layer by layer, so that never two whole caches stand side by side."""
-        if self.mask is not None:
-            self.mask = self.mask.unflatten(0, (len(self.hidden_BH), -1))[rows].flatten(0, 1)
-        self.hidden_BH, self.position_B = self.hidden_BH[rows], self.position_B[rows]
-        for cache in (self.keys, self.values):
-            for index, layer in enumerate(cache):
-                cache[index] = layer.index_select(0, rows)
-
-    def widen(self, columns: int) -> None:
-        """Room for this many more tokens."""
-        if self.mask is not None:
-            self.mask = pad(self.mask, (0, columns))
-        for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
-            self.keys[index], self.values[index] = pad(key, (0, columns)), pad(value, (0, 0, 0, columns))
 
 
 class NativeEngine:
@@ -74,6 +42,7 @@ class NativeEngine:
         self._ends_E = torch.tensor(self._ends, dtype=torch.int64, device=self.device)
         self.positions = self.weights.source.config.max_position_embeddings
         self._max_batch_tokens = max_batch_tokens
+        self.arena = Arena(self.weights, self.step) if self.device.type == "cuda" else None
 
     def refresh(self) -> None:
         """Reads the model's weights again."""
@@ -92,11 +61,11 @@ class NativeEngine:
     def logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The logits after each prompt, ``[prompts, vocabulary]``: those that its first token is sampled from."""
         with torch.inference_mode():
-            return self._logits(self._prefill([tuple(p) for p in prompts], spare=0).hidden_BH)
+            return self._prefill([tuple(p) for p in prompts], spare=0)[1]
 
     def _run(self, requests: list[Request]) -> list[Completion]:
         steps = max(r.max_tokens for r in requests)
-        batch = self._begin(requests, steps)
+        cache, logits_BV = self._begin(requests, steps)
         sampler = Sampler.of(requests, self.device)
         rows = torch.arange(len(requests), device=self.device)
         limit_B = torch.tensor([r.max_tokens for r in requests], device=self.device)
@@ -105,7 +74,7 @@ class NativeEngine:
         probs_TB = torch.ones(steps, len(requests), device=self.device)
         fresh: list[tuple[Tensor, Tensor]] = []
         for step in range(steps):
-            fresh.append(sampler.draw(self._logits(batch.hidden_BH), step))
+            fresh.append(sampler.draw(logits_BV, step))
             token_B = fresh[-1][0]
             if len(fresh) == CHECK or step + 1 == steps:
                 span = slice(step + 1 - len(fresh), step + 1)
@@ -117,9 +86,9 @@ class NativeEngine:
                 if len(alive) == 0 or step + 1 == steps:
                     break
                 if len(alive) <= KEEP * len(rows):
-                    batch.select(alive)
+                    cache = cache.select(alive)
                     token_B, rows, sampler = token_B[alive], rows[alive], sampler.select(alive)
-            self._step(batch, token_B)
+            logits_BV = (self.arena or self).step(cache, token_B)
         done = complete(requests, tokens_TB, probs_TB, self._ends, self._decode)
         self.decoded_tokens += sum(len(c.token_ids) for c in done)
         return done
@@ -128,103 +97,66 @@ class NativeEngine:
         """Marks the rows in whose latest text a stop string stands. `complete` then finds the exact place."""
         if not any(r.stop for r in requests):
             return
-        for row in rows[~ended_B[rows]].tolist():
-            stop = requests[row].stop
-            if stop and contains(self._decode(tokens_TB[-tail_length(stop, CHECK) :, row].tolist()), stop):
-                ended_B[row] = True
+        open_B = rows[~ended_B[rows]]
+        longest = max(tail_length(r.stop, CHECK) for r in requests if r.stop)
+        tails = tokens_TB[-longest:, open_B].t().tolist()
+        found = [
+            row
+            for row, tail in zip(open_B.tolist(), tails, strict=True)
+            if (stop := requests[row].stop) and contains(self._decode(tail[-tail_length(stop, CHECK) :]), stop)
+        ]
+        ended_B[torch.tensor(found, dtype=torch.int64, device=self.device)] = True
 
-    def _begin(self, requests: list[Request], steps: int) -> Batch:
-        """Prefills the distinct prompts and deals their caches out to the requests' rows."""
+    def _begin(self, requests: list[Request], steps: int) -> tuple[Cache | Fixed, Tensor]:
+        """Prefills the distinct prompts and deals their caches out to the requests' rows; the cache and the logits of the first tokens."""
         prompts, owner = distinct([r.prompt_ids for r in requests])
-        if len(prompts) == len(requests):
+        if len(prompts) == len(requests) and self.arena is None:
             return self._prefill(prompts, spare=steps)
-        batch = self._prefill(prompts, spare=0)
-        batch.select(torch.tensor(owner, device=self.device))
-        batch.widen(steps)
-        return batch
+        cache, logits_BV = self._prefill(prompts, spare=0)
+        owner_B = torch.tensor(owner, device=self.device)
+        if self.arena is not None:
+            return self.arena.deal(cache, owner_B, steps), logits_BV[owner_B]
+        cache.select(owner_B)
+        cache.widen(steps)
+        return cache, logits_BV[owner_B]
 
-    def _prefill(self, prompts: Sequence[tuple[int, ...]], *, spare: int) -> Batch:
-        """Runs the prompts, a chunk of columns at a time, into caches with room for ``spare`` more columns."""
-        w, width, count = self.weights, max(map(len, prompts)), len(prompts)
-        size_B = torch.tensor([len(p) for p in prompts], device=self.device)
-        ids_BL = torch.tensor([(0,) * (width - len(p)) + p for p in prompts], device=self.device)
-        self.prefill_tokens += sum(map(len, prompts))
-        real_BL = torch.arange(width, device=self.device) >= (width - size_B)[:, None]
-        dtype = w.attention_dtype
+    def _prefill(self, prompts: Sequence[tuple[int, ...]], *, spare: int) -> tuple[Cache, Tensor]:
+        """Runs the prompts, some rows at a time, into a cache with room for ``spare`` more columns; their next tokens' logits."""
+        sizes = [len(p) for p in prompts]
+        cache = Cache.empty(self.weights, sizes, spare)
+        self.prefill_tokens += sum(sizes)
+        rows = max(1, PREFILL_TOKENS // max(sizes))
+        parts = [slice(start, start + rows) for start in range(0, len(prompts), rows)]
+        return cache, self._logits(torch.cat([self._prefill_rows(prompts[part], cache, part) for part in parts]))
 
-        def cache(*shape: int) -> list[Tensor]:
-            return [torch.empty(count, w.kv_heads, *shape, dtype=dtype, device=self.device) for _ in w.layers]
-
-        mask = None
-        if not bool(real_BL.all()):
-            mask_BL = torch.zeros(count, width + spare, dtype=dtype, device=self.device)
-            mask_BL[:, :width].masked_fill_(~real_BL, float("-inf"))
-            mask = mask_BL.repeat_interleave(w.kv_heads, 0)[:, None]
-        batch = Batch(
-            hidden_BH=w.embed.new_empty(0),
-            keys=cache(w.head_dim, width + spare),
-            values=cache(width + spare, w.head_dim),
-            filled=width,
-            mask=mask,
-            position_B=size_B,
-        )
-        chunk = max(1, PREFILL_TOKENS // count)
-        for start in range(0, width, chunk):
-            columns = slice(start, min(start + chunk, width))
-            batch.hidden_BH = self._prefill_chunk(ids_BL[:, columns], real_BL, batch, columns)
-        return batch
-
-    def _prefill_chunk(self, ids_BC: Tensor, real_BL: Tensor, batch: Batch, columns: slice) -> Tensor:
-        """Runs these columns against all before them; after the last chunk, returns the last column's hidden states.
-
-        Only real tokens, packed, go through the matrices; padding takes part in the attention alone, masked.
-        """
-        w, (rows, count), (_, width) = self.weights, ids_BC.shape, real_BL.shape
-        place_C = torch.arange(columns.start, columns.stop, device=self.device)
-        packed = real_BL[:, columns].flatten().nonzero()[:, 0]
-        position = (place_C - (~real_BL).sum(-1, keepdim=True)).flatten()[packed]
-        turn = w.rotations(width)[position][:, None]
-        # A padding column sees itself, so that no softmax is over nothing; no real column sees it.
-        seen_C = torch.arange(columns.stop, device=self.device)
-        earlier, itself = seen_C <= place_C[:, None], seen_C == place_C[:, None]
-        allowed = ((earlier & real_BL[:, None, : columns.stop]) | itself)[:, None]
-        hidden = w.embed[ids_BC.flatten()[packed]]
-        for layer, keys, values in zip(w.layers, batch.keys, batch.values, strict=True):
-            qkv = keys.new_zeros(rows * count, w.heads + 2 * w.kv_heads, w.head_dim)
-            qkv.index_copy_(0, packed, self._project(layer, hidden, turn).to(keys.dtype))
-            query, key, value = qkv.unflatten(0, (rows, count)).transpose(1, 2).split(w.split, 1)
-            keys[..., columns], values[:, :, columns] = key.transpose(2, 3), value
-            if layer is w.layers[-1]:  # only the last column of the whole prompt is read from the last layer
-                if columns.stop < width:
-                    break
-                hidden = hidden[real_BL[:, columns].sum(-1).cumsum(0) - 1]
-                query, allowed, packed = query[:, :, -1:], allowed[:, :, -1:], slice(None)
-            if columns.start:
-                key, value = keys[..., : columns.stop].transpose(2, 3), values[:, :, : columns.stop]
-            mixed = scaled_dot_product_attention(
-                query, key, value, attn_mask=allowed, scale=w.scale, enable_gqa=w.heads != w.kv_heads
-            )
-            hidden = self._absorb(layer, hidden, mixed.transpose(1, 2).flatten(2).flatten(0, 1)[packed])
+    def _prefill_rows(self, prompts: Sequence[tuple[int, ...]], cache: Cache, rows: slice) -> Tensor:
+        """Runs these prompts; returns their last tokens' hidden states. Only real tokens go through the matrices."""
+        w, block = self.weights, Block.of([len(p) for p in prompts], self.device)
+        turn = w.rotations(block.columns)[block.position_M][:, None]
+        hidden = w.embed[torch.tensor([i for p in prompts for i in p], device=self.device)]
+        for number, layer in enumerate(w.layers):
+            qkv = self._project(layer, hidden, turn).to(self.dtype)
+            query, key, value = block.left(qkv).split(w.split, 1)
+            cache.fill(number, rows, *block.right(qkv[:, w.heads :]).split(w.split[1:], 1))
+            if layer is not w.layers[-1]:
+                mixed = block.gather(w.look(query, key, value, causal=True))
+            else:  # the last layer is read at each prompt's last token alone
+                hidden = hidden[block.last_B]
+                query = qkv[block.last_B, : w.heads, None]
+                mixed = w.look(query, key, value, mask=block.real_B11C)[:, :, 0]
+            hidden = self._absorb(layer, hidden, mixed.flatten(1))
         return hidden
 
-    def _step(self, batch: Batch, token_B: Tensor) -> None:
-        """Runs one more token of every row and writes it into the caches' next column."""
-        w, rows, column = self.weights, len(token_B), batch.filled
-        batch.filled += 1
-        turn = w.rotations(batch.values[0].shape[2])[batch.position_B][:, None]
+    def step(self, cache: Cache | Fixed, token_B: Tensor) -> Tensor:
+        """Runs one more token of every row; the logits of those after it."""
+        w = self.weights
+        turn = w.rotations(cache.columns)[cache.position_B][:, None]
         hidden = w.embed[token_B]
-        for layer, keys, values in zip(w.layers, batch.keys, batch.values, strict=True):
-            query, key, value = self._project(layer, hidden, turn).to(keys.dtype).split(w.split, 1)
-            keys[..., column], values[:, :, column] = key, value
-            # The query heads of one key head are rows of one matrix: grouped heads need no copies of their keys.
-            query = (query * w.scale).reshape(rows * w.kv_heads, -1, w.head_dim)
-            scores = torch.bmm(query, keys[..., : batch.filled].flatten(0, 1))
-            if batch.mask is not None:
-                scores += batch.mask[..., : batch.filled]
-            mixed = torch.bmm(scores.softmax(-1), values[:, :, : batch.filled].flatten(0, 1))
-            hidden = self._absorb(layer, hidden, mixed.view(rows, -1))
-        batch.hidden_BH = hidden
-        batch.position_B = batch.position_B + 1
+        for number, layer in enumerate(w.layers):
+            query, key, value = self._project(layer, hidden, turn).to(w.attention_dtype).split(w.split, 1)
+            hidden = self._absorb(layer, hidden, cache.attend(number, query * w.scale, key, value))
+        cache.move_on()
+        return self._logits(hidden)
 
     def _project(self, layer: Layer, hidden: Tensor, turn: Tensor) -> Tensor:
         """Normalised, rotated queries and keys, and values, in float32: ``[tokens, heads + 2 kv_heads, head_dim]``."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from ccpo.families import bare, head_dim
 
@@ -105,6 +106,14 @@ class Weights:
     def split(self) -> list[int]:
         """Heads of queries, keys and values, as they stand side by side."""
         return [self.heads, self.kv_heads, self.kv_heads]
+
+    def look(
+        self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, mask: Tensor | None = None
+    ) -> Tensor:
+        """Attention of ``[B, heads, T, head_dim]`` queries over ``[B, kv_heads, C, head_dim]`` keys and values, at the model's scale."""
+        return scaled_dot_product_attention(
+            query, key, value, mask, is_causal=causal, scale=self.scale, enable_gqa=self.heads != self.kv_heads
+        )
 
     def refresh(self) -> None:
         """Reads the live model again, into the same tensors."""

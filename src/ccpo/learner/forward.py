@@ -114,8 +114,12 @@ def _attend(attention: Any, qkv: Tensor, layout: Layout, turn: Tensor) -> Tensor
 def _look(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
     if query.device.type == "cpu" and key.shape[2] <= SHORT:
         return _Short.apply(query, key, value, bias, scale)
-    gqa = query.shape[1] != key.shape[1]
-    return scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=gqa)
+    groups = query.shape[1] // key.shape[1]
+    causal = query.shape[2] == key.shape[2]  # padding stands behind what is read
+    if query.is_cuda and groups > 1 and not causal:  # its fused kernels know masks or shared key heads, not both
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+    mask = None if causal else bias
+    return scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=groups > 1)
 
 
 def _normed(norm: Any, heads: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from ccpo.learner import forward
 from ccpo.learner.layout import Layout
 from ccpo.learner.rows import MicroBatch
 
-CHUNK = 1 << 22  # logits that are held in float32 at a time
-LOGITS = 1 << 28  # logits that are kept for the backward pass
+CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # logits that are held in float32 at a time
+LOGITS = {"cpu": 1 << 28, "cuda": 1 << 30}  # logits that are kept for the backward pass
 
 
 def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor, temperature_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _chunks(logits_NV: Tensor) -> Iterator[slice]:
-    rows = max(1, CHUNK // max(1, logits_NV.shape[1]))
+    rows = max(1, CHUNK.get(logits_NV.device.type, CHUNK["cpu"]) // max(1, logits_NV.shape[1]))
     for start in range(0, logits_NV.shape[0], rows):
         yield slice(start, start + rows)
 
@@ -107,7 +107,7 @@ def _scored(head: nn.Module, hidden_NH: Tensor, layout: Layout) -> tuple[Tensor,
     def part(hidden: Tensor, ids: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         return _TokenLogprobs.apply(forward.linear(hidden, head), ids, temperature)
 
-    rows = max(1, LOGITS // head.out_features)
+    rows = max(1, LOGITS.get(hidden_NH.device.type, LOGITS["cpu"]) // head.out_features)
     inputs = (hidden_NH, layout.target_N, layout.temperature_N)
     if len(hidden_NH) <= rows:
         return part(*inputs)

@@ -1,0 +1,155 @@
+"""The keys and values of the rows that are being decoded.
+
+Prompts are padded on the left, so that every row's next token goes into the same column. Keys lie ``[B, kv_heads, head_dim, columns]``,
+so that a step's product runs along memory, and values ``[B, kv_heads, columns, head_dim]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ccpo.engines.weights import Weights
+
+
+@dataclass(slots=True, kw_only=True)
+class Cache:
+    """A cache whose used part grows by a column a step.
+
+    ``keys``, ``values``: a tensor a layer; the first ``filled`` columns are in use. ``position_B``: the next token's. ``mask``: added to the
+    scores, ``[B * kv_heads, 1, columns]``; None where no prompt is padded.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    filled: int
+    position_B: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def empty(cls, w: Weights, sizes: list[int], spare: int) -> Cache:
+        """Room for prompts of these sizes and ``spare`` columns more."""
+        rows, width, dtype = len(sizes), max(sizes), w.attention_dtype
+        size_B = torch.tensor(sizes, device=w.device)
+        mask = None
+        if min(sizes) < width:
+            column_C = torch.arange(width + spare, device=w.device)
+            mask_BC = torch.zeros(rows, width + spare, dtype=dtype, device=w.device)
+            mask_BC.masked_fill_(column_C < (width - size_B)[:, None], float("-inf"))
+            mask = mask_BC.repeat_interleave(w.kv_heads, 0)[:, None]
+
+        def room(*shape: int) -> list[Tensor]:
+            # zeros where columns stay unused: what is masked must still be a number
+            make = torch.empty if mask is None else torch.zeros
+            return [make(rows, w.kv_heads, *shape, dtype=dtype, device=w.device) for _ in w.layers]
+
+        return cls(
+            keys=room(w.head_dim, width + spare),
+            values=room(width + spare, w.head_dim),
+            filled=width,
+            position_B=size_B,
+            mask=mask,
+        )
+
+    def fill(self, layer: int, rows: slice, key: Tensor, value: Tensor) -> None:
+        """Writes a prompt's last columns, ``[rows, kv_heads, columns, head_dim]``."""
+        columns = slice(self.filled - key.shape[2], self.filled)
+        self.keys[layer][rows, :, :, columns] = key.transpose(2, 3)
+        self.values[layer][rows, :, columns] = value
+
+    def select(self, rows: Tensor) -> Cache:
+        """Only these rows, in this order; layer by layer, so that never two whole caches stand side by side."""
+        if self.mask is not None:
+            self.mask = self.mask.unflatten(0, (len(self.position_B), -1))[rows].flatten(0, 1)
+        self.position_B = self.position_B[rows]
+        for cache in (self.keys, self.values):
+            for index, layer in enumerate(cache):
+                cache[index] = layer.index_select(0, rows)
+        return self
+
+    def widen(self, columns: int) -> None:
+        """Room for this many more tokens."""
+        if self.mask is not None:
+            self.mask = pad(self.mask, (0, columns))
+        for index, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            self.keys[index], self.values[index] = pad(key, (0, columns)), pad(value, (0, 0, 0, columns))
+
+    @property
+    def columns(self) -> int:
+        """How many there are, used and unused."""
+        return self.values[0].shape[2]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Writes a token of each row (``[B, kv_heads, head_dim]``) into the next column; what its scaled query ``[B, heads, head_dim]``
+        finds in all columns up to there: ``[B, heads * head_dim]``."""
+        keys, values, rows, used = self.keys[layer], self.values[layer], len(query), self.filled + 1
+        keys[..., self.filled], values[:, :, self.filled] = key, value
+        # The query heads of one key head are rows of one matrix: grouped heads need no copies of their keys.
+        query = query.reshape(rows * key.shape[1], -1, key.shape[2])
+        scores = torch.bmm(query, keys[..., :used].flatten(0, 1))
+        if self.mask is not None:
+            scores += self.mask[..., :used]
+        return torch.bmm(scores.softmax(-1), values[:, :, :used].flatten(0, 1)).view(rows, -1)
+
+    def move_on(self) -> None:
+        """The column that was written becomes one of those in use."""
+        self.filled += 1
+        self.position_B = self.position_B + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """How prompts of these sizes, whose tokens M lie in one run, stand in a rectangle of ``rows`` x ``columns``: flush left, where a causal
+    attention needs no mask, and flush right, as in the cache. ``left_M``, ``right_M``: their places in it; None where they fill it.
+    ``last_B``: each prompt's last token in the run. ``real_B11C``: where a token stands, flush left; None where everywhere."""
+
+    rows: int
+    columns: int
+    position_M: Tensor
+    last_B: Tensor
+    left_M: Tensor | None
+    right_M: Tensor | None
+    real_B11C: Tensor | None
+
+    @classmethod
+    def of(cls, sizes: list[int], device: torch.device) -> Block:
+        rows, columns = len(sizes), max(sizes)
+        size_B = torch.tensor(sizes)
+        column_BC = torch.arange(columns).expand(rows, columns)
+        real_BC = column_BC < size_B[:, None]
+        full = min(sizes) == columns
+        right_BC = column_BC >= columns - size_B[:, None]
+
+        def places(there_BC: Tensor) -> Tensor | None:
+            return None if full else there_BC.flatten().nonzero()[:, 0].to(device)
+
+        return cls(
+            rows=rows,
+            columns=columns,
+            position_M=column_BC[real_BC].to(device),
+            last_B=(size_B.cumsum(0) - 1).to(device),
+            left_M=places(real_BC),
+            right_M=places(right_BC),
+            real_B11C=None if full else real_BC[:, None, None].to(device),
+        )
+
+    def left(self, x_MHD: Tensor) -> Tensor:
+        """Flush left, heads first: ``[rows, H, columns, D]``; padding is 0."""
+        return self._spread(x_MHD, self.left_M)
+
+    def right(self, x_MHD: Tensor) -> Tensor:
+        """Flush right, heads first."""
+        return self._spread(x_MHD, self.right_M)
+
+    def gather(self, x_BHCD: Tensor) -> Tensor:
+        """Back from :meth:`left` to the run: ``[M, H, D]``."""
+        x_SHD = x_BHCD.transpose(1, 2).flatten(0, 1)
+        return x_SHD if self.left_M is None else x_SHD[self.left_M]
+
+    def _spread(self, x_MHD: Tensor, place_M: Tensor | None) -> Tensor:
+        if place_M is not None:
+            x_MHD = x_MHD.new_zeros(self.rows * self.columns, *x_MHD.shape[1:]).index_copy_(0, place_M, x_MHD)
+        return x_MHD.unflatten(0, (self.rows, self.columns)).transpose(1, 2)
