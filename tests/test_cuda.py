@@ -72,8 +72,12 @@ def test_in_bfloat16_the_decoder_and_the_update_agree():
     ]
     with torch.no_grad():
         logprob_BT, _ = score(model, collate(rows, range(len(rows)), torch.device("cuda")), torch.bfloat16)
-    for row, done in zip(logprob_BT.tolist(), said, strict=True):
-        assert row[: len(done.logprobs)] == pytest.approx(done.logprobs, abs=0.1)
+    apart = [
+        abs(a - b)
+        for row, done in zip(logprob_BT.tolist(), said, strict=True)
+        for a, b in zip(row, done.logprobs, strict=False)
+    ]
+    assert max(apart) < 0.6 and sum(apart) / len(apart) < 0.1
 
 
 @pytest.mark.parametrize("size", ["1M", "25M"])

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ccpo import __version__
 from ccpo.bench.timing import Comparison
 from ccpo.compare.extract import cpu_model
 from ccpo.compare.markdown import number, table
@@ -31,7 +32,7 @@ WORDS = {
     "decode": "Tokens a second. *Of limit*: the share of the time in which the machine does the model's matrix products for one token a row "
     "and nothing else.",
     "update": "Tokens a second through one optimiser step, gradients clipped. The other side is a plain loop: padded rows through transformers in "
-    "bfloat16 autocast, eager attention, fused AdamW.",
+    "bfloat16 autocast, attention eager on a CPU and SDPA on a GPU, fused AdamW.",
     "step": "Seconds of a step from prompts to refreshed weights; same model, rollouts, tokens and reward on both sides.",
     "counterfactuals": "Seconds and generated tokens of a step beside the same step under shared reward.",
     "credit": "On one core. The loop is plain Python over lists, timed on a part and scaled up.",
@@ -49,7 +50,8 @@ def machine(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "python": platform.python_version(),
     }
-    for package in ("ccpo", "torch", "transformers", "trl", "comlrl"):
+    found["ccpo"] = __version__
+    for package in ("torch", "transformers", "trl", "comlrl"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -149,11 +151,12 @@ def write_page(path: Path, results: Mapping[str, Any], comparisons: Sequence[Com
         "other side takes so many times as long: the median over repeats, with quartiles. Before anything is timed, results are checked: "
         "log-probs against transformers, gradients against autograd, credit against a loop, tokens against what was asked for.",
     ]
+    flag = "" if on["device"] == "cpu" else " --device cuda"
     for part, title in PARTS.items():
         rows = [row(c) for c in comparisons if c.part == part]
         if rows:
             head = columns(part)
-            command_of = f"`ccpo bench {part}`"
+            command_of = f"`ccpo bench {part}{flag}`"
             lines += [f"## {title}", f"{WORDS[part]} ({command_of})", table(head, rows, "l" + "r" * (len(head) - 1))]
     if results["memory"]:
         lines += [

@@ -69,20 +69,19 @@ def make_model(size: str, *, device: str = "cpu", positions: int = 4_096, sharp:
                 if weight.dim() == 2:
                     weight.normal_(std=(0.5 if "embed" in name else 1.5) * weight.shape[1] ** -0.5)
     else:
-        never_ends(model, words.eos_token_id, words.pad_token_id)
+        # nor says what the tokenizer has no text for: rewards hang on texts
+        never_says(model, [words.eos_token_id, words.pad_token_id, *range(len(words), config.vocab_size)])
+        model.generation_config.eos_token_id = words.eos_token_id
     return model.eval()
 
 
 @torch.no_grad()
-def never_ends(model: Any, end: int, pad: int) -> None:
-    """Makes end and padding too improbable to be sampled: the first channel is large at every position, and only these two read it,
-    negatively."""
+def never_says(model: Any, tokens: list[int]) -> None:
+    """Makes these tokens too improbable to be sampled: the first channel is large at every position, and only they read it, negatively."""
     model.model.embed_tokens.weight[:, 0] = 4.0
     model.lm_head.weight[:, 0] = 0.0
-    for token in (end, pad):
-        model.lm_head.weight[token] = 0.0
-        model.lm_head.weight[token, 0] = -5.0
-    model.generation_config.eos_token_id = end
+    model.lm_head.weight[tokens] = 0.0
+    model.lm_head.weight[tokens, 0] = -10.0
 
 
 def parameters(model: Any) -> int:

@@ -98,7 +98,7 @@ class Arena:
     def __init__(self, weights: Weights, step: Callable[[Any, Tensor], Tensor]) -> None:
         self.weights, self._decode = weights, step
         self.record = weights.device.type == "cuda"
-        self.pool = torch.cuda.graph_pool_handle() if self.record else None
+        self.pool: Any = None
         self.fixed: dict[tuple[int, int], Fixed] = {}
         self.size = self.rows = 0
         self.flat: list[tuple[Tensor, Tensor]] = []
@@ -168,6 +168,7 @@ class Arena:
         if rows * columns > self.size or rows > self.rows:
             self.size, self.rows = max(self.size, rows * columns), max(self.rows, rows)
             self.fixed, self.flat = {}, []  # first let go of the old
+            self.pool = torch.cuda.graph_pool_handle() if self.record else None
             cells = self.size * w.kv_heads * w.head_dim
             self.flat = [
                 tuple(torch.zeros(cells, dtype=w.attention_dtype, device=w.device) for _ in range(2)) for _ in w.layers

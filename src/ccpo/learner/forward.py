@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, scaled_dot_product_attention, silu
+from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
 from ccpo.families import bare, head_dim, unsupported
@@ -88,6 +88,11 @@ def _block(
 
 
 def _add_norm(norm: Any, stream: Tensor, branch: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``s = stream + branch``, and ``w * s / rms(s)`` in ``compute`` (RMSNorm, arXiv 1910.07467)."""
+    if stream.is_cuda:  # torch has it in one kernel there
+        stream = stream + branch
+        weight = norm.weight.to(stream.dtype)
+        return stream, rms_norm(stream, weight.shape, weight, norm.variance_epsilon).to(compute)
     return _AddNorm.apply(stream, branch, norm.weight, norm.variance_epsilon, compute)
 
 
@@ -168,7 +173,7 @@ def _fused(weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 class _AddNorm(torch.autograd.Function):
-    """``s = stream + branch``; returns ``s`` and ``w * s / rms(s)`` in ``compute`` (RMSNorm, arXiv 1910.07467)."""
+    """What `_add_norm` says."""
 
     @staticmethod
     def forward(

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ccpo.learner.rows import TrainRow
+from ccpo.learner.rows import TrainRow, whole_numbers
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -62,7 +62,7 @@ class Layout:
     """``ids_M``, ``position_M``: the run's tokens and their places in their texts. ``owner_R``: each distinct text's prompt.
     ``before_11PP``, ``before_R1TC``: 0 where a token attends, else -inf: within a prompt, and over its prompt's columns and its own text's.
     The scored tokens, N in all: ``at_N`` is where in the run the hidden state stands that each is drawn from, ``target_N`` its id,
-    ``temperature_N`` its temperature. ``scored_BT``: which of them a row's tokens are (0 beyond its end)."""
+    ``temperature_N`` its temperature (None where all are 1). ``scored_BT``: which of them a row's tokens are (0 beyond its end)."""
 
     ids_M: Tensor
     position_M: Tensor
@@ -73,7 +73,7 @@ class Layout:
     before_R1TC: Tensor
     at_N: Tensor
     target_N: Tensor
-    temperature_N: Tensor
+    temperature_N: Tensor | None
     scored_BT: Tensor
 
     @classmethod
@@ -83,6 +83,7 @@ class Layout:
         texts = _numbered((row.prompt_ids, row.temperature, row.token_ids) for row in rows)
         prompt_size_G = torch.tensor([len(ids) for ids, _ in prompts])
         size_R = torch.tensor([len(ids) for _, _, ids in texts])
+        temperature_R = torch.tensor([t or 1.0 for _, t, _ in texts])
         owner_R = torch.tensor([prompts[ids, temperature] for ids, temperature, _ in texts])
         column_P, column_T = torch.arange(int(prompt_size_G.max())), torch.arange(int(size_R.max()))
         real_GP = column_P < prompt_size_G[:, None]
@@ -100,7 +101,7 @@ class Layout:
             (real_GP[owner_R, None].expand(-1, len(causal_TT), -1), causal_TT.expand(len(texts), -1, -1)), -1
         )
         made = cls(
-            ids_M=torch.tensor([i for ids, _ in prompts for i in ids] + [i for *_, ids in texts for i in ids[:-1]]),
+            ids_M=whole_numbers([i for ids, _ in prompts for i in ids] + [i for *_, ids in texts for i in ids[:-1]]),
             position_M=torch.cat((column_P.expand_as(real_GP)[real_GP], (before_R[:, None] + column_T[:-1])[read_RT])),
             prompts=Block.of(real_GP),
             texts=Block.of(read_RT),
@@ -108,8 +109,8 @@ class Layout:
             before_11PP=_bias(column_P <= column_P[:, None])[None, None],
             before_R1TC=_bias(seen_RTC)[:, None],
             at_N=at_RT[real_RT],
-            target_N=torch.tensor([i for *_, ids in texts for i in ids]),
-            temperature_N=torch.tensor([t or 1.0 for _, t, _ in texts]).repeat_interleave(size_R),
+            target_N=whole_numbers(i for *_, ids in texts for i in ids),
+            temperature_N=temperature_R.repeat_interleave(size_R) if (temperature_R != 1).any() else None,
             scored_BT=scored_RT[torch.tensor([texts[r.prompt_ids, r.temperature, r.token_ids] for r in rows])],
         )
         return made.to(device)
@@ -120,8 +121,8 @@ class Layout:
 
     def to(self, device: torch.device) -> Layout:
         """The same on another device."""
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self)}
-        return Layout(**moved)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Layout(**{name: None if value is None else value.to(device) for name, value in values.items()})
 
 
 def _bias(seen: Tensor) -> Tensor:

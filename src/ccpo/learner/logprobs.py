@@ -17,7 +17,7 @@ from ccpo.learner.layout import Layout
 from ccpo.learner.rows import MicroBatch
 
 CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}  # logits that are held in float32 at a time
-LOGITS = {"cpu": 1 << 28, "cuda": 1 << 30}  # logits that are kept for the backward pass
+LOGITS = {"cpu": 1 << 28, "cuda": 1 << 31}  # logits that are kept for the backward pass
 
 
 def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor, temperature_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,20 +41,17 @@ def token_logprobs(logits_BTV: Tensor, ids_BT: Tensor, temperature_B: Tensor) ->
 
 class _TokenLogprobs(torch.autograd.Function):
     """Per token of ``[N, V]`` logits. With ``z = logits / t`` and ``p = softmax(z)``:
-    ``d logp[id] / dz = onehot - p`` and ``d H / dz = -p (log p + H)``."""
+    ``d logp[id] / dz = onehot - p`` and ``d H / dz = -p (log p + H)``. Without temperatures ``t`` is 1."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, ids_N: Tensor, temperature_N: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits_NV: Tensor, ids_N: Tensor, temperature_N: Tensor | None) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(logits_NV.dtype, torch.float32)
-        lse_N, entropy_N, logprob_N = (torch.empty(len(ids_N), dtype=dtype, device=ids_N.device) for _ in range(3))
+        entropy_N, logprob_N = (torch.empty(len(ids_N), dtype=dtype, device=ids_N.device) for _ in range(2))
         for part in _chunks(logits_NV):
-            z_CV = logits_NV[part].to(dtype) / temperature_N[part, None].to(dtype)
-            lse_N[part] = z_CV.logsumexp(dim=1)
-            logprob_N[part] = z_CV.gather(1, ids_N[part, None]).squeeze(1) - lse_N[part]
-            p_CV = (z_CV - lse_N[part, None]).exp_()
-            # a logit of -inf (a forbidden token) has p = 0 and must add nothing
-            entropy_N[part] = lse_N[part] - (p_CV.mul_(z_CV.clamp_(min=-1e30))).sum(dim=1)
-        ctx.save_for_backward(logits_NV, ids_N, temperature_N, lse_N, entropy_N)
+            logp_CV = torch.log_softmax(_scaled(logits_NV, temperature_N, part), -1, dtype=dtype)
+            logprob_N[part] = logp_CV.gather(1, ids_N[part, None]).squeeze(1)
+            entropy_N[part] = torch.special.entr(logp_CV.exp_()).sum(1)
+        ctx.save_for_backward(logits_NV, ids_N, temperature_N, entropy_N)
         ctx.set_materialize_grads(False)
         return logprob_N, entropy_N
 
@@ -62,22 +59,35 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_logprob_N: Tensor | None, grad_entropy_N: Tensor | None
     ) -> tuple[Tensor | None, None, None]:
-        logits_NV, ids_N, temperature_N, lse_N, entropy_N = ctx.saved_tensors
+        logits_NV, ids_N, temperature_N, entropy_N = ctx.saved_tensors
         if grad_logprob_N is None and grad_entropy_N is None:
             return None, None, None
         grad_NV = torch.empty_like(logits_NV)
         for part in _chunks(logits_NV):
-            t_C1 = temperature_N[part, None].to(lse_N.dtype)
-            logp_CV = (logits_NV[part].to(lse_N.dtype) / t_C1).sub_(lse_N[part, None])
-            p_CV = logp_CV.exp()
-            total_CV = torch.zeros_like(p_CV) if grad_logprob_N is None else p_CV * -grad_logprob_N[part, None]
+            p_CV = torch.softmax(_scaled(logits_NV, temperature_N, part), -1, dtype=entropy_N.dtype)
+            factor = 0.0
+            if grad_entropy_N is not None:
+                # -p (log p + H): the first is an entropy's own term, which is 0 where p is
+                surprise_CV = torch.special.entr(p_CV).mul_(grad_entropy_N[part, None])
+                factor = grad_entropy_N[part, None] * entropy_N[part, None]
+            if grad_logprob_N is not None:
+                factor = factor + grad_logprob_N[part, None]
+            total_CV = p_CV.mul_(-factor)
+            if grad_entropy_N is not None:
+                total_CV.add_(surprise_CV)
             if grad_logprob_N is not None:
                 total_CV.scatter_add_(1, ids_N[part, None], grad_logprob_N[part, None])
-            if grad_entropy_N is not None:
-                surprise_CV = logp_CV.clamp_(min=-1e30).add_(entropy_N[part, None])
-                total_CV.addcmul_(p_CV.mul_(surprise_CV), grad_entropy_N[part, None], value=-1)
-            grad_NV[part] = total_CV.div_(t_C1).to(grad_NV.dtype)
+            if temperature_N is not None:
+                total_CV.div_(temperature_N[part, None])
+            grad_NV[part] = total_CV
         return grad_NV, None, None
+
+
+def _scaled(logits_NV: Tensor, temperature_N: Tensor | None, part: slice) -> Tensor:
+    if temperature_N is None:
+        return logits_NV[part]
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    return logits_NV[part].to(dtype) / temperature_N[part, None].to(dtype)
 
 
 def _chunks(logits_NV: Tensor) -> Iterator[slice]:
@@ -104,11 +114,13 @@ def _scored(head: nn.Module, hidden_NH: Tensor, layout: Layout) -> tuple[Tensor,
     """Log-probs and entropies of the scored tokens. Where their logits are too many to keep, they are computed again, part by
     part, in the backward pass."""
 
-    def part(hidden: Tensor, ids: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    def part(hidden: Tensor, ids: Tensor, temperature: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return _TokenLogprobs.apply(forward.linear(hidden, head), ids, temperature)
 
     rows = max(1, LOGITS.get(hidden_NH.device.type, LOGITS["cpu"]) // head.out_features)
-    inputs = (hidden_NH, layout.target_N, layout.temperature_N)
+    inputs = [hidden_NH, layout.target_N]
+    if layout.temperature_N is not None:
+        inputs.append(layout.temperature_N)
     if len(hidden_NH) <= rows:
         return part(*inputs)
     parts = zip(*(x.split(rows) for x in inputs), strict=True)

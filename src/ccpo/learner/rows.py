@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -135,23 +136,32 @@ class _Load:
 
 def collate(rows: Sequence[TrainRow], segments: Sequence[int], device: torch.device) -> MicroBatch:
     """The tensors of one micro-batch. Padding is token 0, seen by no other token and trained nowhere."""
-    P = max(len(row.prompt_ids) for row in rows)
-    T = max(len(row.token_ids) for row in rows)
-    ids, attention, engine = [], [], []
-    for row in rows:
-        left, right = P - len(row.prompt_ids), T - len(row.token_ids)
-        ids.append([0] * left + [*row.prompt_ids, *row.token_ids] + [0] * right)
-        attention.append([0] * left + [1] * (P + T - left - right) + [0] * right)
-        engine.append([*row.engine_logprobs] + [0.0] * right)
-    attention_BL = torch.tensor(attention)
+    prompt_B, text_B = (
+        torch.tensor([len(x) for x in ids]) for ids in zip(*((r.prompt_ids, r.token_ids) for r in rows), strict=True)
+    )
+    P, T = int(prompt_B.max()), int(text_B.max())
+    column_L = torch.arange(P + T)
+    attention_BL = (column_L >= P - prompt_B[:, None]) & (column_L < P + text_B[:, None])
+    mask_BT = attention_BL[:, P:]
+    ids_BL = torch.zeros(len(rows), P + T, dtype=torch.int64)
+    ids_BL[attention_BL] = whole_numbers(i for row in rows for i in (*row.prompt_ids, *row.token_ids))
+    engine_BT = torch.zeros(len(rows), T)
+    engine_BT[mask_BT] = torch.frombuffer(
+        array("f", [x for row in rows for x in row.engine_logprobs]), dtype=torch.float32
+    )
     return MicroBatch(
         rows=tuple(rows),
-        ids_BL=torch.tensor(ids).to(device),
-        attention_BL=attention_BL.to(device),
+        ids_BL=ids_BL.to(device),
+        attention_BL=attention_BL.long().to(device),
         position_BL=(attention_BL.cumsum(1) - 1).clamp(min=0).to(device),
-        mask_BT=attention_BL[:, P:].bool().to(device),
-        engine_BT=torch.tensor(engine).to(device),
+        mask_BT=mask_BT.to(device),
+        engine_BT=engine_BT.to(device),
         advantage_B=torch.tensor([row.advantage for row in rows]).to(device),
         segment_B=torch.tensor(list(segments)).to(device),
         temperature_B=torch.tensor([row.temperature or 1.0 for row in rows]).to(device),
     )
+
+
+def whole_numbers(values: Iterable[int]) -> Tensor:
+    """``torch.tensor`` of many int64, several times as fast; at least one."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64)
