@@ -36,6 +36,9 @@ def train(
     set: Set = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="go on with this run's folder")] = None,
     steps: Annotated[int | None, typer.Option(help="with --resume: a new last step")] = None,
+    launch: Annotated[
+        str | None, typer.Option(metavar="torchrun:N", help="start N processes on this machine that train together")
+    ] = None,
 ) -> None:
     """Train a team from a recipe, or go on with a run."""
     from ccpo import runs as library
@@ -47,11 +50,21 @@ def train(
         raise UserError("--set does not go with --resume: a run keeps its recipe; only --steps can be raised")
     if steps is not None and resume is None:
         raise UserError("--steps goes with --resume; for a new run use --set trainer.steps=N")
+    if launch is not None:
+        from ccpo.launch.torchrun import become, processes
+
+        count = processes(launch)
+        library.check_launch(recipe if resume is None else resume, set or (), count)
+        arguments = ["train", *([recipe] if recipe else ["--resume", str(resume)])]
+        arguments += [a for value in set or () for a in ("--set", value)]
+        become(count, arguments + ([] if steps is None else ["--steps", str(steps)]))
     with TerminalReporter() as reporter:
         if resume is not None:
             result = library.resume(resume, steps=steps, reporter=reporter)
         else:
             result = library.train(recipe, set or (), reporter=reporter)
+    if not result.first:
+        return
     if not result.finished:
         typer.echo(f"Stopped and saved. Go on with: ccpo train --resume {result.folder}")
         return
@@ -225,6 +238,12 @@ def recipes() -> None:
         typer.echo(f"{name:<{width}} {first}")
 
 
+def _tell(what: str, error: Exception) -> None:
+    """To the terminal, unless another rank tells it."""
+    if not getattr(error, "told", False):
+        print(f"{what}: {error}", file=sys.stderr, flush=True)
+
+
 def main() -> None:
     """Run the command line: exit code 2 for the user's mistakes, 1 for a failure; no traceback for a mistake."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -232,10 +251,10 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        _tell("Error", error)
         sys.exit(2)
     except RunFailure as error:
-        print(f"Failed: {error}", file=sys.stderr)
+        _tell("Failed", error)
         sys.exit(1)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from ccpo.build import Setup
+from ccpo.comm import Comm
 from ccpo.config import RunConfig
 from ccpo.engines import make_engine
+from ccpo.engines.sharded import ShardedEngine
 from ccpo.errors import UserError
 from ccpo.learner import Learner, Policy, PolicySpec, freeze_copy, load_policies
 from ccpo.rollout import Voice
@@ -19,32 +21,37 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Crew:
-    """Policies by name, the voice of each agent, the frozen voices of removal by ``frozen``, and the learner (None where only evaluating)."""
+    """Policies by name, the voice of each agent, the frozen voices of removal by ``frozen``, and the learner (None where only evaluating).
+    ``comm``: the ranks that decode and learn together; all begin with rank 0's weights."""
 
-    def __init__(self, setup: Setup, paths: Mapping[str, str], *, train: bool = True) -> None:
+    def __init__(self, setup: Setup, paths: Mapping[str, str], *, train: bool = True, comm: Comm | None = None) -> None:
         config = setup.config
-        self.setup = setup
+        self.setup, self.comm = setup, comm or Comm()
         self.device = pick_device(config)
         specs = policy_specs(setup, paths)
         model = config.model
-        self.policies: dict[str, Policy] = load_policies(
-            specs,
-            sharing=model.sharing,
-            device=self.device,
-            weights=DTYPES[model.weights],
-            attention=model.attention,
-            lora=model.lora.model_dump(),
-            gradient_checkpointing=model.gradient_checkpointing and train,
-            trust_remote_code=model.trust_remote_code,
+        self.policies: dict[str, Policy] = self.comm.together(
+            lambda: load_policies(
+                specs,
+                sharing=model.sharing,
+                device=self.device,
+                weights=DTYPES[model.weights],
+                attention=model.attention,
+                lora=model.lora.model_dump(),
+                gradient_checkpointing=model.gradient_checkpointing and train,
+                trust_remote_code=model.trust_remote_code,
+            )
         )
+        for policy in self.policies.values():
+            self.comm.copy([p.detach() for p in policy.model.parameters()])
         self.engines = {name: self._engine(policy) for name, policy in self.policies.items()}
         self._loaded = {name: policy.version for name, policy in self.policies.items()}
         self.frozen_voices: dict[str, Voice] = self._frozen() if config.rollout.removal == "frozen" and train else {}
-        self.learner: Learner | None = make_learner(config, self.policies) if train else None
+        self.learner: Learner | None = make_learner(config, self.policies, self.comm) if train else None
 
     def _engine(self, policy: Policy) -> Any:
         config = self.setup.config
-        return make_engine(
+        engine = make_engine(
             policy.model,
             policy.tokenizer,
             kind=config.model.engine,
@@ -52,6 +59,7 @@ class Crew:
             adapter=policy.adapter,
             max_batch_tokens=config.rollout.decode_tokens,
         )
+        return engine if self.comm.size == 1 else ShardedEngine(engine, self.comm)
 
     def _frozen(self) -> dict[str, Voice]:
         """The policies as they are at the start, under names of their own."""
@@ -122,10 +130,11 @@ def policy_specs(setup: Setup, paths: Mapping[str, str]) -> list[PolicySpec]:
     return specs
 
 
-def make_learner(config: RunConfig, policies: Mapping[str, Policy]) -> Learner:
+def make_learner(config: RunConfig, policies: Mapping[str, Policy], comm: Comm | None = None) -> Learner:
     loss, optim = config.loss, config.optim
     return Learner(
         policies,
+        comm=comm,
         **policy_loss(config),
         kl=loss.kl,
         kl_coef=loss.kl_coef,

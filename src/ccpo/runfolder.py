@@ -38,10 +38,10 @@ def read_json(path: Path) -> Any:
 
 
 class RunFolder:
-    """The paths of a run and its append-only logs."""
+    """The paths of a run and its append-only logs. With ``writes`` off nothing is made, written or deleted: a rank that is not the first."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, writes: bool = True) -> None:
+        self.path, self.writes = Path(path), writes
         self.recipe = self.path / "recipe.json"
         self.metrics = self.path / "metrics.jsonl"
         self.evaluations = self.path / "evaluations.jsonl"
@@ -52,6 +52,8 @@ class RunFolder:
 
     def create(self, *, overwrite: bool) -> None:
         """Make the folder. Raises UserError where it holds a run already, unless ``overwrite``, which deletes that run."""
+        if not self.writes:
+            return
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; choose another run.dir")
         if self.path.is_dir() and any(self.path.iterdir()):
@@ -76,8 +78,15 @@ class RunFolder:
                 f"cannot make the run folder {self.path}: {error.strerror}; choose another run.dir"
             ) from None
 
+    def write(self, path: Path, data: Any) -> None:
+        """Write JSON atomically."""
+        if self.writes:
+            write_json(path, data)
+
     def append(self, path: Path, record: Mapping[str, Any]) -> None:
         """Add a line to a log. A last line that a kill cut off makes room for it."""
+        if not self.writes:
+            return
         if _is_torn(path):
             self._rewrite(path, self.read_lines(path))
         with path.open("a", encoding="utf-8") as file:
@@ -97,6 +106,8 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after ``step`` steps: a resumed run writes it again."""
+        if not self.writes:
+            return
         for path in (self.metrics, self.evaluations):
             if path.exists():
                 self._rewrite(path, [r for r in self.read_lines(path) if r["step"] <= step])

@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ import torch
 
 from ccpo.bootstrap import bootstrap
 from ccpo.build import Setup, prepare
+from ccpo.comm import Comm, connect
 from ccpo.config import RunConfig, load_recipe
 from ccpo.crew import Crew, pick_device
 from ccpo.errors import UserError
 from ccpo.evaluate import headline
 from ccpo.learner import find_checkpoint, verify_checkpoint
-from ccpo.loggers import make_sinks
-from ccpo.runfolder import RunFolder, read_json, write_json
+from ccpo.loggers import Sinks, make_sinks
+from ccpo.runfolder import RunFolder, read_json
+from ccpo.tasks.sharded import ShardedTask
 from ccpo.trainer import Trainer
 
 
@@ -37,11 +39,13 @@ class Reporter:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Where the run is, whether it reached its last step, and its summary (empty where it was stopped)."""
+    """Where the run is, whether it reached its last step, and its summary (empty where it was stopped). ``first``: whether this is the
+    rank that writes and speaks."""
 
     folder: Path
     finished: bool
     summary: Mapping[str, Any]
+    first: bool = True
 
 
 def train(
@@ -61,18 +65,21 @@ def train(
     place of what the recipe names. Raises UserError for the user's mistakes, before any model is loaded where that
     can be known, and RunFailure when a run cannot go on.
     """
+    objects = {"team": team, "task": task, "tests": tests, "credit": credit}
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
-    setup = prepare(config, team=team, task=task, tests=tests, credit=credit)
-    folder = RunFolder(config.run.folder)
-    pick_device(config)
-    folder.create(overwrite=config.run.overwrite)
-    objects = {
-        k: repr(v) for k, v in {"team": team, "task": task, "tests": tests, "credit": credit}.items() if v is not None
-    }
-    write_json(
-        folder.recipe, {"config": config.model_dump(), "objects": objects, "made_with": versions(), "command": sys.argv}
-    )
-    return _train(setup, folder, reporter or Reporter(), checkpoint=None)
+    comm = connect(cuda=pick_device(config).type == "cuda")
+    folder = RunFolder(config.run.folder, writes=comm.first)
+
+    def begin() -> Setup:
+        setup = prepare(config, **objects)
+        enough_problems(config, comm.size)
+        folder.create(overwrite=config.run.overwrite)
+        given = {name: repr(value) for name, value in objects.items() if value is not None}
+        made = {"config": config.model_dump(), "objects": given, "made_with": versions(), "command": sys.argv}
+        folder.write(folder.recipe, made)
+        return setup
+
+    return _train(comm, comm.together(begin), folder, reporter, resumed=False)
 
 
 def resume(
@@ -86,10 +93,10 @@ def resume(
     reporter: Reporter | None = None,
 ) -> Result:
     """Go on with a run from its newest checkpoint; ``steps`` raises its last step. Raises UserError where there is nothing to go on from."""
-    folder = RunFolder(run)
-    setup = open_setup(folder, steps=steps, team=team, task=task, tests=tests, credit=credit)
-    checkpoint = find_checkpoint(folder.path) if folder.checkpoints.is_dir() else None
-    return _train(setup, folder, reporter or Reporter(), checkpoint=checkpoint)
+    objects = {"team": team, "task": task, "tests": tests, "credit": credit}
+    setup = open_setup(RunFolder(run), steps=steps, **objects)
+    comm = connect(cuda=pick_device(setup.config).type == "cuda")
+    return _train(comm, setup, RunFolder(run, writes=comm.first), reporter, resumed=True)
 
 
 def open_setup(folder: RunFolder, *, steps: int | None = None, overrides: Sequence[str] = (), **objects: Any) -> Setup:
@@ -108,51 +115,53 @@ def open_setup(folder: RunFolder, *, steps: int | None = None, overrides: Sequen
     return prepare(load_recipe(data, overrides), **objects)
 
 
-def _train(setup: Setup, folder: RunFolder, reporter: Reporter, *, checkpoint: Path | None) -> Result:
+def _train(comm: Comm, setup: Setup, folder: RunFolder, reporter: Reporter | None, *, resumed: bool) -> Result:
+    try:
+        return _train_together(comm, setup, folder, reporter if reporter and comm.first else Reporter(), resumed)
+    finally:
+        comm.close()
+
+
+def _train_together(comm: Comm, setup: Setup, folder: RunFolder, reporter: Reporter, resumed: bool) -> Result:
     config = setup.config
     clock = time.monotonic()
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
-    paths, bootstrap_seconds = model_paths(setup, reporter)
+    paths, bootstrap_seconds = comm.in_order(lambda: model_paths(setup, reporter))
+    if comm.size > 1:
+        setup = shared_out(setup, comm)
     reporter.note("loading models")
-    crew = Crew(setup, paths)
+    crew = Crew(setup, paths, comm=comm)
     if not config.eval.tasks and "train" in setup.tests:
         reporter.note("no eval.tasks: the team is judged on problems that it is trained on")
-    sinks = make_sinks(
-        folder.path,
-        tensorboard=config.log.tensorboard,
-        wandb=config.log.wandb,
-        trackio=config.log.trackio,
-        project=config.log.project,
-        name=config.run.name,
-        config=config.model_dump(),
-    )
+    sinks = _sinks(config, folder)
     show = reporter.step if config.log.progress else Reporter().step
     trainer = Trainer(setup, crew, folder, sinks, lambda step, metrics: show(step, config.trainer.steps, metrics))
+    checkpoint = find_checkpoint(folder.path) if resumed and folder.checkpoints.is_dir() else None
     if checkpoint is not None:
         reporter.note(f"going on from {checkpoint.name}")
         trainer.load(checkpoint)
-    elif (folder.path / "metrics.jsonl").exists():
+    elif folder.metrics.exists():
         folder.rewind(0)
-    started = [r for r in folder.read_lines(folder.evaluations) if r["step"] == 0]
-    if not started:
+    if comm.any(comm.first and not _evaluated(folder, 0)):
         reporter.note("evaluating the team before training")
         trainer.evaluate_now(config.eval.problems, ablations=config.eval.ablations)
-        started = [r for r in folder.read_lines(folder.evaluations) if r["step"] == 0]
     try:
         finished = trainer.run()
     finally:
         sinks.close()
     if not finished:
-        return Result(folder=folder.path, finished=False, summary={})
+        return Result(folder=folder.path, finished=False, summary={}, first=comm.first)
     reporter.note("evaluating the team after training")
     trainer.evaluate_now(config.eval.problems, ablations=config.eval.ablations)
+    if not comm.first:
+        return Result(folder=folder.path, finished=True, summary={}, first=False)
     ended = folder.read_lines(folder.evaluations)[-1]["reports"]
     summary = {
         "name": config.run.name,
         "steps": trainer.step,
-        **headline(started[0]["reports"], setup.team, "before"),
+        **headline(_evaluated(folder, 0)[0]["reports"], setup.team, "before"),
         **headline(ended, setup.team, "after"),
         "tokens_joint": trainer.totals["joint"],
         "tokens_counterfactual": trainer.totals["counterfactual"],
@@ -162,10 +171,61 @@ def _train(setup: Setup, folder: RunFolder, reporter: Reporter, *, checkpoint: P
         "seconds_total": round(time.monotonic() - clock, 2),
         "datasets": ended,
         "seed": config.run.seed,
+        "ranks": comm.size,
         "made_with": versions(),
     }
-    write_json(folder.summary, summary)
+    folder.write(folder.summary, summary)
     return Result(folder=folder.path, finished=True, summary=summary)
+
+
+def _evaluated(folder: RunFolder, step: int) -> list[dict[str, Any]]:
+    return [r for r in folder.read_lines(folder.evaluations) if r["step"] == step]
+
+
+def _sinks(config: RunConfig, folder: RunFolder) -> Sinks:
+    if not folder.writes:
+        return Sinks({})
+    return make_sinks(
+        folder.path,
+        tensorboard=config.log.tensorboard,
+        wandb=config.log.wandb,
+        trackio=config.log.trackio,
+        project=config.log.project,
+        name=config.run.name,
+        config=config.model_dump(),
+    )
+
+
+def shared_out(setup: Setup, comm: Comm) -> Setup:
+    """The setup of one of several ranks: verdicts are shared out among them."""
+    tests = {name: ShardedTask(task, comm) for name, task in setup.tests.items()}
+    return replace(setup, task=ShardedTask(setup.task, comm), tests=tests)
+
+
+def check_launch(source: str | Path, overrides: Sequence[str], ranks: int) -> None:
+    """What is wrong with a run of ``ranks`` processes, before any is started: raises the UserError that they would."""
+    if isinstance(source, Path):
+        config = open_setup(RunFolder(source)).config
+    else:
+        config = load_recipe(source, overrides)
+        prepare(config)
+        if Path(config.run.folder).is_dir() and any(Path(config.run.folder).iterdir()) and not config.run.overwrite:
+            RunFolder(config.run.folder).create(overwrite=False)
+    enough_problems(config, ranks)
+    if pick_device(config).type == "cuda" and ranks > torch.cuda.device_count():
+        raise UserError(
+            f"--launch asks for {ranks} processes, one for each GPU, but this machine has {torch.cuda.device_count()}; ask for fewer"
+        )
+
+
+def enough_problems(config: RunConfig, ranks: int) -> None:
+    """Raises UserError for more ranks than a step has problems."""
+    prompts = config.rollout.prompts
+    if ranks > prompts:
+        raise UserError(
+            f"there are {ranks} processes, but a step has only rollout.prompts = {prompts} problems; start at most {prompts}, or raise "
+            "rollout.prompts"
+        )
 
 
 def model_paths(setup: Setup, reporter: Reporter) -> tuple[dict[str, str], float]:

@@ -23,6 +23,7 @@ from ccpo.schedule import ProblemSampler
 KINDS = ("joint", "counterfactual", "rating")
 """What generated tokens are spent on."""
 
+ECHO = 2.0  # seconds
 Progress = Callable[[int, Mapping[str, float]], None]
 
 
@@ -60,16 +61,18 @@ class Trainer:
         """Train to the last step. Returns False where a signal ended it early; the step in hand is finished and saved first."""
         trainer = self.config.trainer
         with _Signals(self):
-            while not self.done and self.stopping is None:
+            stopped = False
+            while not self.done and not stopped:
                 spent = self.tokens
                 metrics = self.train_step()
                 done = self.done
+                stopped = self.crew.comm.any(self.stopping is not None)
                 if self._examines(spent) and not done:
                     metrics |= self.evaluate_now(self.config.eval.during, ablations=False)
                 self.folder.append(self.folder.metrics, {"step": self.step, **metrics})
                 self.sinks.write(self.step, metrics)
                 self.progress(self.step, metrics)
-                if done or self.stopping is not None or (trainer.save_every and self.step % trainer.save_every == 0):
+                if done or stopped or (trainer.save_every and self.step % trainer.save_every == 0):
                     self.save()
         return self.done
 
@@ -122,7 +125,7 @@ class Trainer:
         self.crew.refresh()
         refresh_seconds = time.monotonic() - started
         self.step += 1
-        if self.config.log.episodes:
+        if self.config.log.episodes and self.folder.writes:
             write_episodes(
                 self.folder.episode_file(self.step), self.step, played.groups, lists(credit), lists(advantage)
             )
@@ -221,18 +224,18 @@ class Trainer:
             "totals": self.totals,
             "layout": self.planner.state if self.planner else {},
         }
-        save_checkpoint(
-            self.folder.path,
-            self.step,
-            self.crew.policies,
-            self.crew.learner,
-            state,
-            keep=self.config.trainer.keep_checkpoints,
+        keep = self.config.trainer.keep_checkpoints
+        self.crew.comm.first_alone(
+            lambda: save_checkpoint(
+                self.folder.path, self.step, self.crew.policies, self.crew.learner, state, keep=keep
+            )
         )
 
     def load(self, checkpoint: Any) -> None:
         """Go on from a checkpoint folder: weights, optimiser, histories, caches, random state."""
-        self.step, state = load_checkpoint(checkpoint, self.crew.policies, self.crew.learner)
+        self.step, state = self.crew.comm.together(
+            lambda: load_checkpoint(checkpoint, self.crew.policies, self.crew.learner)
+        )
         self.state = state["credit"]
         self.cache.load_json(state["cache"])
         self.totals |= state["totals"]
@@ -243,17 +246,20 @@ class Trainer:
 
 
 class _Signals:
-    """SIGINT and SIGTERM let the step in hand finish; a second one ends at once."""
+    """SIGINT and SIGTERM let the step in hand finish; a second one ends at once. A launcher passes on what the terminal has sent already,
+    so that what comes within two seconds is the same one."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        self.asked = 0.0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
         def ask_to_stop(number: int, frame: Any) -> None:
-            if self.trainer.stopping is not None:
+            if self.trainer.stopping is None:
+                self.trainer.stopping, self.asked = number, time.monotonic()
+            elif time.monotonic() - self.asked > ECHO:
                 raise KeyboardInterrupt
-            self.trainer.stopping = number
 
         for number in (signal.SIGINT, signal.SIGTERM):
             try:

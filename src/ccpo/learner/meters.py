@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ccpo.comm import Comm
+
 
 class Meters:
     """Per agent: sums, maxima, and means weighted by tokens, under ``actor/AGENT/NAME``."""
@@ -34,8 +36,8 @@ class Meters:
             else:
                 self.mean(agent, name, value, tokens)
 
-    def read(self) -> dict[str, float]:
-        """All of them as plain numbers."""
+    def read(self, comm: Comm | None = None) -> dict[str, float]:
+        """All of them as plain numbers. Means and maxima are over all ranks; sums are those of all ranks already."""
         means = [(key, value, weight) for key, entries in self._means.items() for value, weight in entries]
         numbers = _numbers([value for _, value, _ in means])
         sums: dict[str, float] = {}
@@ -43,11 +45,14 @@ class Meters:
         for (key, _, weight), number in zip(means, numbers, strict=True):
             sums[key] = sums.get(key, 0.0) + number * weight
             weights[key] = weights.get(key, 0.0) + weight
-        highest = _numbers([torch.stack(values).max() for values in self._maxima.values()])
-        found = (
-            self._sums | {k: v / weights[k] for k, v in sums.items()} | dict(zip(self._maxima, highest, strict=True))
+        highest = dict(
+            zip(self._maxima, _numbers([torch.stack(values).max() for values in self._maxima.values()]), strict=True)
         )
-        return dict(sorted(found.items()))
+        every = [(sums, weights, highest)] if comm is None else comm.gather_plain((sums, weights, highest))
+        total = {key: sum(s.get(key, 0.0) for s, _, _ in every) for s, _, _ in every for key in s}
+        weight = {key: sum(w.get(key, 0.0) for _, w, _ in every) for key in total}
+        most = {key: max(h[key] for _, _, h in every if key in h) for _, _, h in every for key in h}
+        return dict(sorted((self._sums | {key: v / weight[key] for key, v in total.items()} | most).items()))
 
 
 def _numbers(values: list[Tensor]) -> list[float]:

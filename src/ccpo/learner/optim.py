@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ccpo.comm import Comm
 from ccpo.errors import UserError, nearest
 from ccpo.learner.policies import Policy
 
@@ -46,6 +47,19 @@ class PolicyOptimizer:
         self.adamw = torch.optim.AdamW(
             list(self.parameters.values()), lr=policy.lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
         )
+
+    def all_gradients(self, comm: Comm) -> list[Tensor]:
+        """The gradients of all weights that have one on any rank, zeros where this rank has none; nothing for one process."""
+        if comm.size == 1:
+            return []
+        parameters = list(self.parameters.values())
+        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
+        comm.add([there])
+        wanted = [p for p, count in zip(parameters, there.tolist(), strict=True) if count]
+        for parameter in wanted:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in wanted if p.grad is not None]
 
     def clip(self) -> Tensor:
         """Scale the gradients to the largest norm allowed; returns the norm before."""

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ccpo.comm import Comm, deal
+from ccpo.errors import RunFailure
 from ccpo.learner import forward
 from ccpo.learner.failure import refuse
 from ccpo.learner.logprobs import compute_dtype, score, training
@@ -32,11 +34,13 @@ class UpdateStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """An agent's part of a mini-batch: counts of all its rows, micro-batches of those that have a gradient."""
+    """An agent's part of a mini-batch: counts of all its rows, and this rank's micro-batches of those that have a gradient. ``live``:
+    whether any rank has one."""
 
     agent: str
     counts: Denominators
     batches: list[MicroBatch]
+    live: bool
 
 
 Work = dict[str, list[Share]]
@@ -50,7 +54,8 @@ class Learner:
     steps of the trainer, by which the learning rate goes, however many updates a step makes. ``microbatch_tokens``
     bounds the padded tokens of one forward and backward pass and does not change the gradient. ``compute`` is the dtype
     of matrix products: None is bfloat16 where the hardware multiplies it. The reference of the KL is what the policies
-    are when the learner is made; with LoRA it is their base.
+    are when the learner is made; with LoRA it is their base. ``comm``: ranks that are all given the same rows; each runs a part of them, and the
+    gradients are summed.
     """
 
     def __init__(
@@ -79,7 +84,9 @@ class Learner:
         epochs: int = 1,
         microbatch_tokens: int = 16_384,
         compute: torch.dtype | None = None,
+        comm: Comm | None = None,
     ) -> None:
+        self.comm = comm or Comm()
         self.objective = Objective(
             loss=loss,
             clip_low=clip_low,
@@ -132,7 +139,7 @@ class Learner:
                 for name, shares in shares_by_policy.items():
                     fresh = self.policies[name].version == versions[name]
                     self._update(name, shares, meters, factor, step=step, fresh=fresh, failure_folder=failure_folder)
-        return UpdateStats(metrics=meters.read(), seconds=time.perf_counter() - started)
+        return UpdateStats(metrics=meters.read(self.comm), seconds=time.perf_counter() - started)
 
     # --- before the first update --------------------------------------------------------------------------------------
 
@@ -153,7 +160,8 @@ class Learner:
     def _share(self, agent: str, rows: list[TrainRow], policy: Policy, meters: Meters) -> Share:
         segments = number_segments(rows)
         live = self._live(rows, segments)
-        chosen, numbers = [rows[i] for i in live], [segments[i] for i in live]
+        mine = [live[i] for i in self._mine([rows[i] for i in live], [segments[i] for i in live])]
+        chosen, numbers = [rows[i] for i in mine], [segments[i] for i in mine]
         packed = pack(chosen, numbers, self._microbatch_tokens, shared=forward.runs(policy.model))
         meters.add(agent, "rows", len(rows))
         meters.add(agent, "rows_without_signal", len(rows) - len(live))
@@ -164,7 +172,19 @@ class Learner:
                 torch.tensor([len(row.token_ids) for row in rows]), torch.tensor(segments), self.objective.constant
             ),
             batches=[collate([chosen[i] for i in part], [numbers[i] for i in part], policy.device) for part in packed],
+            live=bool(live),
         )
+
+    def _mine(self, rows: list[TrainRow], segments: list[int]) -> list[int]:
+        """Indices of the rows that this rank runs: those of whole segments."""
+        if self.comm.size == 1:
+            return list(range(len(rows)))
+        members: dict[int, list[int]] = {}
+        for index, segment in enumerate(segments):
+            members.setdefault(segment, []).append(index)
+        pieces = list(members.values())
+        work = [sum(len(rows[i].prompt_ids) + len(rows[i].token_ids) for i in piece) for piece in pieces]
+        return sorted(i for number in deal(work, self.comm.size)[self.comm.rank] for i in pieces[number])
 
     def _live(self, rows: list[TrainRow], segments: list[int]) -> list[int]:
         """Indices of the rows that have a gradient, with all the rows of their segments."""
@@ -175,7 +195,7 @@ class Learner:
 
     def _recall(self, name: str, parts: list[list[Share]], meters: Meters) -> None:
         """Give each micro-batch the log-probs that must be known from before the first update."""
-        updates = self._epochs * sum(any(share.batches for share in shares) for shares in parts)
+        updates = self._epochs * sum(any(share.live for share in shares) for shares in parts)
         source = self.objective.old_logprobs
         forward = source == "learner" or (source == "auto" and updates > 1)
         shares = [share for part in parts for share in part]
@@ -218,20 +238,23 @@ class Learner:
         failure_folder: Path,
     ) -> None:
         agents = [share.agent for share in shares]
-        live = [(share, number, batch) for share in shares for number, batch in enumerate(share.batches)]
-        if not live:
+        if not any(share.live for share in shares):
             for agent in agents:
                 meters.add(agent, "updates_skipped", 1)
             return
+        live = [(share, number, batch) for share in shares for number, batch in enumerate(share.batches)]
         optimizer = self.optimizers[name]
         optimizer.clear()
         losses = self._backward(name, live, meters, fresh=fresh)
+        by_agent = {agent: torch.zeros((), dtype=torch.float64, device=self.policies[name].device) for agent in agents}
+        for loss, (share, _, _) in zip(losses, live, strict=True):
+            by_agent[share.agent] += loss
+        self.comm.add([*by_agent.values(), *optimizer.all_gradients(self.comm)])
         norm = optimizer.clip()
         self._check(name, losses, norm, live, step, failure_folder)
         rate = optimizer.step(factor)
         for agent in agents:
-            own = [loss for loss, (share, _, _) in zip(losses, live, strict=True) if share.agent == agent]
-            meters.mean(agent, "loss", torch.stack(own).sum() if own else 0.0)
+            meters.mean(agent, "loss", by_agent[agent])
             meters.mean(agent, "grad_norm", norm)
             meters.mean(agent, "lr", rate)
             meters.add(agent, "updates", 1)
@@ -266,17 +289,31 @@ class Learner:
         step: int,
         failure_folder: Path,
     ) -> None:
-        """Raises RunFailure unless all is finite. Looked at once an update: a look makes the host wait."""
-        values = torch.stack([*losses, norm.to(losses[0].dtype)]).tolist()
+        """Raises RunFailure unless all is finite, on all ranks. Looked at once an update: a look makes the host wait."""
+        values = torch.stack([*losses, norm.to(losses[0].dtype if losses else norm.dtype)]).tolist()
         broken = [i for i, value in enumerate(values[:-1]) if not math.isfinite(value)]
-        if not broken and math.isfinite(values[-1]):
+        sound = not broken and math.isfinite(values[-1])
+        if self.comm.size == 1 and sound:
             return
-        self.optimizers[name].clear()
-        what, value = ("loss", values[broken[0]]) if broken else ("gradient norm", values[-1])
-        at = [
-            (share.agent, number, batch) for i, (share, number, batch) in enumerate(live) if not broken or i in broken
-        ]
-        raise refuse(what, value, step=step, policy=name, at=at, folder=failure_folder)
+        if self.comm.size > 1:
+            failure_folder = failure_folder / f"rank-{self.comm.rank}"
+
+        def refuse_mine() -> None:
+            if sound:
+                return
+            what, value = ("loss", values[broken[0]]) if broken else ("gradient norm", values[-1])
+            at = [
+                (share.agent, number, batch)
+                for i, (share, number, batch) in enumerate(live)
+                if not broken or i in broken
+            ]
+            raise refuse(what, value, step=step, policy=name, at=at, folder=failure_folder)
+
+        try:
+            self.comm.together(refuse_mine)
+        except RunFailure:
+            self.optimizers[name].clear()
+            raise
 
     def _dtype(self, policy: Policy) -> torch.dtype:
         return self._compute or compute_dtype(policy.device)

@@ -1,0 +1,184 @@
+"""What ranks say to one another. Every rank runs the same program over the same problems; decoding, verdicts and gradients are shared out.
+
+`Comm` is one process by itself: everything is the identity. `Ranks` are the processes that torchrun or Ray started. What travels is
+bytes and tensors, never pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ccpo.errors import RunFailure, UserError
+
+Result = TypeVar("Result")
+BUCKET = 1 << 25  # numbers that are summed over ranks at a time
+PATIENCE = timedelta(minutes=60)  # how long ranks wait for one that makes a base model or writes a checkpoint
+
+
+class Comm:
+    """One process."""
+
+    rank = 0
+    size = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank is the one that writes and speaks."""
+        return self.rank == 0
+
+    def gather(self, data: bytes) -> list[bytes]:
+        """Every rank's bytes, by rank."""
+        return [data]
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor becomes its sum over ranks, in place. All ranks give tensors of the same shapes, in the same order."""
+
+    def copy(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor becomes rank 0's, in place."""
+
+    def close(self) -> None:
+        """Say goodbye."""
+
+    # --- made of these -----------------------------------------------------------------------------------------------------
+
+    def any(self, flag: bool) -> bool:
+        """Whether it holds on any rank."""
+        return any(data == b"1" for data in self.gather(b"1" if flag else b"0"))
+
+    def everywhere(self, work: Callable[[], bytes]) -> list[bytes]:
+        """Every rank's ``work()``, by rank. A UserError or RunFailure of one is raised on all of them."""
+        data, error = b"", None
+        try:
+            data = work()
+        except (UserError, RunFailure) as raised:
+            if self.size == 1:
+                raise
+            error = raised
+        said = self.gather(b"+" + data if error is None else b"-" + _packed(error))
+        for rank, answer in enumerate(said):
+            if answer[:1] == b"-":
+                raise (error if error is not None and rank == self.rank else _unpacked(answer[1:])) from None
+        return [answer[1:] for answer in said]
+
+    def gather_plain(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, by rank; floats to the last bit, tuples as lists."""
+        return [json.loads(data) for data in self.gather(json.dumps(value).encode())]
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """This rank's ``work()``, once all have done theirs; errors as in :meth:`everywhere`."""
+        kept: list[Result] = []
+
+        def run() -> bytes:
+            kept.append(work())
+            return b""
+
+        self.everywhere(run)
+        return kept[0]
+
+    def in_order(self, work: Callable[[], Result]) -> Result:
+        """``work()`` on rank 0, and when it is done on the others: what the first leaves on disk, they find."""
+        if self.size == 1:
+            return work()
+        first = [self.together(work if self.first else lambda: None)]
+        return self.together((lambda: first[0]) if self.first else work)  # type: ignore[return-value]
+
+    def first_alone(self, work: Callable[[], Any]) -> None:
+        """``work()`` on rank 0; the others wait until it is done."""
+        self.together(work if self.first else lambda: None)
+
+
+def deal(work: Sequence[float], ranks: int) -> list[list[int]]:
+    """Which pieces of ``work`` each rank takes: the largest first, each to the rank that has least. The same on every rank."""
+    found: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [0.0] * ranks
+    for piece in sorted(range(len(work)), key=lambda i: (-work[i], i)):
+        rank = loads.index(min(loads))
+        found[rank].append(piece)
+        loads[rank] += work[piece]
+    return [sorted(part) for part in found]
+
+
+ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "RunFailure": RunFailure}
+
+
+def _packed(error: Exception) -> bytes:
+    return json.dumps([type(error).__name__ if type(error).__name__ in ERRORS else "RunFailure", str(error)]).encode()
+
+
+def _unpacked(data: bytes) -> Exception:
+    """The error of another rank, which tells it."""
+    kind, message = json.loads(data)
+    error = ERRORS[kind](message)
+    error.told = True  # type: ignore[attr-defined]
+    return error
+
+
+class Ranks(Comm):
+    """The processes of a torch.distributed group, which this makes: gloo between CPUs, NCCL between GPUs."""
+
+    def __init__(self, *, cuda: bool) -> None:
+        from torch import distributed
+
+        self.dist = distributed
+        if not distributed.is_initialized():
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+
+    def gather(self, data: bytes) -> list[bytes]:
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        self.dist.all_gather_into_tensor(sizes, torch.tensor([len(data)]))
+        longest = int(sizes.max())
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        if data:
+            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        everyone = torch.zeros(self.size * longest, dtype=torch.uint8)
+        if longest:
+            self.dist.all_gather_into_tensor(everyone, padded)
+        rows = everyone.view(self.size, longest).numpy()
+        return [row[:size].tobytes() for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+    def add(self, tensors: Sequence[Tensor]) -> None:
+        for bucket in _buckets(tensors):
+            flat = torch.cat([t.flatten() for t in bucket])
+            self.dist.all_reduce(flat)
+            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(part.view_as(tensor))
+
+    def copy(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            self.dist.broadcast(tensor, 0)
+
+    def close(self) -> None:
+        self.dist.destroy_process_group()
+
+
+def connect(*, cuda: bool) -> Comm:
+    """The ranks that a launcher has started (it sets ``WORLD_SIZE``), or one process."""
+    started = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not started and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Comm()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return Ranks(cuda=cuda)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of one dtype and device, up to ``BUCKET`` numbers together."""
+    found: list[list[Tensor]] = []
+    filled = 0
+    for tensor in tensors:
+        last = found[-1][-1] if found else None
+        alike = last is not None and (last.dtype, last.device) == (tensor.dtype, tensor.device)
+        if not alike or filled + tensor.numel() > BUCKET:
+            found.append([])
+            filled = 0
+        found[-1].append(tensor)
+        filled += tensor.numel()
+    return found

@@ -1,0 +1,1 @@
+"""How a run is started on several processes: ``--launch torchrun:8``, ``--launch ray``."""
