@@ -51,13 +51,14 @@ def train(
     if steps is not None and resume is None:
         raise UserError("--steps goes with --resume; for a new run use --set trainer.steps=N")
     if launch is not None:
-        from ccpo.launch.torchrun import become, processes
+        from ccpo.launch.torchrun import launch as start
+        from ccpo.launch.torchrun import processes
 
         count = processes(launch)
         library.check_launch(recipe if resume is None else resume, set or (), count)
         arguments = ["train", *([recipe] if recipe else ["--resume", str(resume)])]
         arguments += [a for value in set or () for a in ("--set", value)]
-        become(count, arguments + ([] if steps is None else ["--steps", str(steps)]))
+        raise typer.Exit(start(count, arguments + ([] if steps is None else ["--steps", str(steps)])))
     with TerminalReporter() as reporter:
         if resume is not None:
             result = library.resume(resume, steps=steps, reporter=reporter)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -45,6 +46,12 @@ class Comm:
 
     def close(self) -> None:
         """Say goodbye."""
+
+    def __enter__(self) -> Comm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     # --- made of these -----------------------------------------------------------------------------------------------------
 
@@ -132,31 +139,42 @@ class Ranks(Comm):
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
 
     def gather(self, data: bytes) -> list[bytes]:
-        sizes = torch.zeros(self.size, dtype=torch.int64)
-        self.dist.all_gather_into_tensor(sizes, torch.tensor([len(data)]))
-        longest = int(sizes.max())
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        if data:
-            padded[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        everyone = torch.zeros(self.size * longest, dtype=torch.uint8)
-        if longest:
-            self.dist.all_gather_into_tensor(everyone, padded)
-        rows = everyone.view(self.size, longest).numpy()
-        return [row[:size].tobytes() for row, size in zip(rows, sizes.tolist(), strict=True)]
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        with self._in_contact():
+            self.dist.all_gather(sizes, torch.tensor([len(data)]))
+        longest = max(1, *(int(size) for size in sizes))
+        padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
+        rows = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        with self._in_contact():
+            self.dist.all_gather(rows, padded)
+        return [row[: int(size)].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         for bucket in _buckets(tensors):
             flat = torch.cat([t.flatten() for t in bucket])
-            self.dist.all_reduce(flat)
+            with self._in_contact():
+                self.dist.all_reduce(flat)
             for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
     def copy(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
-            self.dist.broadcast(tensor, 0)
+            with self._in_contact():
+                self.dist.broadcast(tensor, 0)
 
     def close(self) -> None:
         self.dist.destroy_process_group()
+
+    @contextmanager
+    def _in_contact(self) -> Iterator[None]:
+        """A rank that has ended is a RunFailure of those that wait for it."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RunFailure(
+                f"process {self.rank} of {self.size} has lost the others ({str(error).splitlines()[0][:120]}): one of them has ended. "
+                "Go on from the last checkpoint with ccpo train --resume RUN"
+            ) from None
 
 
 def connect(*, cuda: bool) -> Comm:

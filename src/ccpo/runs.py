@@ -67,19 +67,19 @@ def train(
     """
     objects = {"team": team, "task": task, "tests": tests, "credit": credit}
     config = recipe if isinstance(recipe, RunConfig) else load_recipe(recipe, overrides)
-    comm = connect(cuda=pick_device(config).type == "cuda")
-    folder = RunFolder(config.run.folder, writes=comm.first)
+    with connect(cuda=pick_device(config).type == "cuda") as comm:
+        folder = RunFolder(config.run.folder, writes=comm.first)
 
-    def begin() -> Setup:
-        setup = prepare(config, **objects)
-        enough_problems(config, comm.size)
-        folder.create(overwrite=config.run.overwrite)
-        given = {name: repr(value) for name, value in objects.items() if value is not None}
-        made = {"config": config.model_dump(), "objects": given, "made_with": versions(), "command": sys.argv}
-        folder.write(folder.recipe, made)
-        return setup
+        def begin() -> Setup:
+            setup = prepare(config, **objects)
+            enough_problems(config, comm.size)
+            folder.create(overwrite=config.run.overwrite)
+            given = {name: repr(value) for name, value in objects.items() if value is not None}
+            made = {"config": config.model_dump(), "objects": given, "made_with": versions(), "command": sys.argv}
+            folder.write(folder.recipe, made)
+            return setup
 
-    return _train(comm, comm.together(begin), folder, reporter, resumed=False)
+        return _train(comm, comm.together(begin), folder, reporter, resumed=False)
 
 
 def resume(
@@ -95,8 +95,9 @@ def resume(
     """Go on with a run from its newest checkpoint; ``steps`` raises its last step. Raises UserError where there is nothing to go on from."""
     objects = {"team": team, "task": task, "tests": tests, "credit": credit}
     setup = open_setup(RunFolder(run), steps=steps, **objects)
-    comm = connect(cuda=pick_device(setup.config).type == "cuda")
-    return _train(comm, setup, RunFolder(run, writes=comm.first), reporter, resumed=True)
+    with connect(cuda=pick_device(setup.config).type == "cuda") as comm:
+        comm.together(lambda: enough_problems(setup.config, comm.size))
+        return _train(comm, setup, RunFolder(run, writes=comm.first), reporter, resumed=True)
 
 
 def open_setup(folder: RunFolder, *, steps: int | None = None, overrides: Sequence[str] = (), **objects: Any) -> Setup:
@@ -115,14 +116,8 @@ def open_setup(folder: RunFolder, *, steps: int | None = None, overrides: Sequen
     return prepare(load_recipe(data, overrides), **objects)
 
 
-def _train(comm: Comm, setup: Setup, folder: RunFolder, reporter: Reporter | None, *, resumed: bool) -> Result:
-    try:
-        return _train_together(comm, setup, folder, reporter if reporter and comm.first else Reporter(), resumed)
-    finally:
-        comm.close()
-
-
-def _train_together(comm: Comm, setup: Setup, folder: RunFolder, reporter: Reporter, resumed: bool) -> Result:
+def _train(comm: Comm, setup: Setup, folder: RunFolder, speaker: Reporter | None, *, resumed: bool) -> Result:
+    reporter = speaker if speaker and comm.first else Reporter()
     config = setup.config
     clock = time.monotonic()
     if config.run.threads is not None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
+import signal
 from collections.abc import Sequence
-from typing import NoReturn
 
-from ccpo.errors import UserError, nearest
+from ccpo.errors import RunFailure, UserError, nearest
 
 LAUNCHERS = ("torchrun", "ray")
 
@@ -24,16 +24,27 @@ def processes(launch: str) -> int:
     return int(count)
 
 
-def command(count: int, arguments: Sequence[str]) -> list[str]:
-    """The launcher's command line for ``python -m ccpo ARGUMENTS``; its port is a free one."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    return [*launcher, "-m", "ccpo", *arguments]
+def launch(count: int, arguments: Sequence[str]) -> int:
+    """``python -m ccpo ARGUMENTS`` in ``count`` processes, at a free port; the exit code. What goes wrong in a process it says itself,
+    unless it was killed."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-
-def become(count: int, arguments: Sequence[str]) -> NoReturn:
-    """This process becomes the launcher, so that signals reach it and nothing is left behind."""
-    threads = max(1, (os.cpu_count() or 1) // count)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    line = command(count, arguments)
-    sys.stdout.flush()
-    os.execv(line[0], line)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        run.run(run.parse_args(["--standalone", "--nproc-per-node", str(count), "-m", "ccpo", *arguments]))
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        if code < 0:
+            name = signal.Signals(-code).name
+            hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+            raise RunFailure(
+                f"a process of the run was ended by {name}{hint}, and the others with it; go on from the last checkpoint with ccpo train "
+                "--resume RUN"
+            ) from None
+        return code
+    return 0

@@ -1,0 +1,237 @@
+"""Several processes: what they say to one another, that credit and gradients are those of one, and that nothing is lost by a kill."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from ccpo.comm import Comm, deal
+from ccpo.engines.sharded import _packed, _unpacked, shares
+from ccpo.errors import UserError
+from ccpo.launch.torchrun import processes
+from ccpo.types import Completion, FinishReason, Request
+
+HERE = Path(__file__).parent
+RECIPE = """
+run: {name: ranks, seed: 3}
+model: {path: bootstrap, sharing: separate, compute: float32, decode: float32}
+bootstrap: {hidden: 32, layers: 1, heads: 2, kv_heads: 1, mlp: 64, steps: 40, cooldown: 5, noisy_steps: 5}
+team: {kind: think_solve, prompts: {thinker: "T{problem}:", solver: "S{problem}[[:{thinker}]]="}}
+task: {kind: digit_sum, digits: [2, 4]}
+credit: ccpo_v1
+rollout: {prompts: 4, samples: 4, max_tokens: 8}
+eval: {problems: 8}
+optim: {lr: 1.0e-3}
+trainer: {steps: 4, save_every: 1}
+"""
+
+
+def environment() -> dict[str, str]:
+    path = os.pathsep.join([str(HERE.parent / "src"), str(HERE)])
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+
+
+def in_ranks(count: int, part: str, folder: Path) -> list[dict]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command += [str(HERE / "ranks_worker.py"), part, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
+
+
+@given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 6))
+def test_dealt_work_is_all_dealt_and_even(work, ranks):
+    parts = deal(work, ranks)
+    assert sorted(i for part in parts for i in part) == list(range(len(work)))
+    loads = [sum(work[i] for i in part) for part in parts]
+    assert max(loads) - min(loads) <= max(work, default=0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), max_size=40), st.integers(1, 5))
+def test_requests_of_a_prompt_stay_together(asked, ranks):
+    requests = [Request(prompt_ids=(7,) * (p + 1), seed=i, max_tokens=m) for i, (p, m) in enumerate(asked)]
+    parts = shares(requests, ranks)
+    assert sorted(i for part in parts for i in part) == list(range(len(requests)))
+    most = max(1, -(-len(requests) // ranks))
+    for prompt in {r.prompt_ids for r in requests}:
+        count = sum(r.prompt_ids == prompt for r in requests)
+        speakers = sum(any(requests[i].prompt_ids == prompt for i in part) for part in parts)
+        assert speakers <= -(-count // most)
+
+
+def test_completions_travel_whole():
+    done = [
+        Completion(token_ids=(1, 2**30), logprobs=(-0.1, -1 / 3), text="né\n\x00😀", finish=FinishReason.EOS),
+        Completion(token_ids=(), logprobs=(), text="", finish=FinishReason.STOP),
+    ]
+    assert _unpacked(_packed(done, 5)) == (done, 5)
+
+
+def test_one_process_is_the_identity():
+    comm = Comm()
+    tensor = torch.ones(3)
+    comm.add([tensor])
+    assert tensor.tolist() == [1, 1, 1] and comm.gather(b"a") == [b"a"] and comm.in_order(lambda: 4) == 4
+    with pytest.raises(UserError, match="no"):
+        comm.together(lambda: (_ for _ in ()).throw(UserError("no")))
+
+
+@pytest.mark.parametrize("launch", ["torchrn:2", "torchrun", "torchrun:0", "torchrun:two"])
+def test_a_launch_that_cannot_be_is_refused(launch):
+    with pytest.raises(UserError, match="--launch"):
+        processes(launch)
+
+
+def test_ranks_talk(tmp_path):
+    said = in_ranks(3, "talk", tmp_path)
+    for rank, found in enumerate(said):
+        assert found["gathered"] == ["", "xxx", "xxxxxx"]
+        assert found["plain"] == [{"rank": r, "third": 1 / 3} for r in range(3)]
+        assert found["sums"] == [9.0, 12.0, 15.0, 3.0]
+        assert found["copied"] == [7.0, 7.0]
+        assert found["any"] == [False, True]
+        assert found["order"] == ["worked"]
+        assert found["errors"] == [[k, "of the last", rank != 2] for k in ("UserError", "RunFailure")]
+
+
+def test_the_gradient_is_that_of_one_process(tmp_path):
+    (tmp_path / "one").mkdir()
+    (alone,) = in_ranks(1, "gradient", tmp_path / "one")
+    for count in (2, 3):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for found in in_ranks(count, "gradient", folder):
+            expected, got = torch.tensor(alone["gradient"]), torch.tensor(found["gradient"])
+            assert (got - expected).norm() / expected.norm() < 1e-5
+            assert found["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path):
+    said = in_ranks(2, "broken", tmp_path)
+    assert said[0]["message"] == said[1]["message"] and "step 3" in said[0]["message"]
+    assert all(found["unchanged"] for found in said)
+    assert list((tmp_path / "failure").glob("rank-*/failure.json"))
+
+
+# --- whole runs ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def ccpo(cache: Path, *arguments: str, **more) -> subprocess.Popen:
+    command = [sys.executable, "-m", "ccpo", "train", *arguments]
+    env = environment() | {"CCPO_CACHE": str(cache)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, **more)
+
+
+def train(cache: Path, *arguments: str) -> str:
+    process = ccpo(cache, *arguments)
+    out = process.communicate(timeout=400)[0]
+    assert process.returncode == 0, out[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(cache, recipe, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "alone"
+    train(cache, str(recipe), "--set", f"run.dir={run}")
+    return run
+
+
+def credit(run: Path, step: int) -> list:
+    with gzip.open(run / "episodes" / f"step-{step:06d}.jsonl.gz", "rt") as file:
+        groups = [json.loads(line) for line in file][1:]
+    return [[(r["credit"], [t["token_ids"] for t in r["turns"]]) for r in group["rollouts"]] for group in groups]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    return {
+        f"{path.parent.name}.{name}": tensor
+        for path in sorted(newest.glob("policies/*/model.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_pay_the_very_same_credit(count, alone, cache, recipe, tmp_path):
+    run = tmp_path / "run"
+    out = train(cache, str(recipe), "--set", f"run.dir={run}", "--launch", f"torchrun:{count}")
+    assert out.count("run: ") == 1, "only one process speaks"
+    for step in (1, 2, 3, 4):
+        assert credit(run, step) == credit(alone, step)
+    for name, tensor in weights(run).items():
+        assert torch.allclose(tensor, weights(alone)[name], atol=1e-5)
+    assert json.loads((run / "summary.json").read_text())["ranks"] == count
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_other_numbers_of_processes(alone, cache, recipe, tmp_path):
+    run = tmp_path / "run"
+    train(cache, str(recipe), "--set", f"run.dir={run}", "--set", "trainer.steps=1", "--launch", "torchrun:4")
+    for steps, launch in ((2, ["--launch", "torchrun:2"]), (3, []), (4, ["--launch", "torchrun:3"])):
+        train(cache, "--resume", str(run), "--steps", str(steps), *launch)
+    for name, tensor in weights(run).items():
+        assert torch.allclose(tensor, weights(alone)[name], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_all_and_nothing_is_lost(alone, cache, recipe, tmp_path):
+    undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
+    train(cache, str(recipe), "--set", f"run.dir={undisturbed}", "--launch", "torchrun:2")
+    process = ccpo(cache, str(recipe), "--set", f"run.dir={run}", "--launch", "torchrun:2")
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoints/step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    victim = next(pid for pid in processes_of(run) if rank_of(pid) == "1")
+    os.kill(victim, signal.SIGKILL)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and "--resume" in out, out[-2000:]
+    assert not processes_of(run)
+    train(cache, "--resume", str(run), "--launch", "torchrun:2")
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, weights(undisturbed)[name])
+
+
+def processes_of(run: Path) -> list[int]:
+    """Those that have the run's folder in their command line."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if str(run).encode() in line:
+            found.append(int(folder.name))
+    return found
+
+
+def rank_of(pid: int) -> str | None:
+    try:
+        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    except OSError:
+        return None
+    return dict(p.split("=", 1) for p in pairs if "=" in p).get("RANK")
