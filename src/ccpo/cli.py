@@ -37,12 +37,18 @@ def train(
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="go on with this run's folder")] = None,
     steps: Annotated[int | None, typer.Option(help="with --resume: a new last step")] = None,
     launch: Annotated[
-        str | None, typer.Option(metavar="torchrun:N", help="start N processes on this machine that train together")
+        str | None,
+        typer.Option(metavar="torchrun:N|ray", help="train in N processes of this machine, or on Ray's workers"),
     ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="with --launch ray: how many")] = 1,
+    address: Annotated[
+        str | None, typer.Option(metavar="auto|HOST:PORT", help="with --launch ray: the cluster; default: a local one")
+    ] = None,
+    restarts: Annotated[int, typer.Option(min=0, help="with --launch ray: new starts after a lost worker or node")] = 3,
 ) -> None:
     """Train a team from a recipe, or go on with a run."""
     from ccpo import runs as library
-    from ccpo.display import TerminalReporter, before_after
+    from ccpo.display import TerminalReporter, tell_result
 
     if (recipe is None) == (resume is None):
         raise UserError("give either a recipe (ccpo train demo) or a run to go on with (ccpo train --resume runs/demo)")
@@ -51,25 +57,18 @@ def train(
     if steps is not None and resume is None:
         raise UserError("--steps goes with --resume; for a new run use --set trainer.steps=N")
     if launch is not None:
-        from ccpo.launch.torchrun import launch as start
-        from ccpo.launch.torchrun import processes
+        from ccpo.launch import start
 
-        count = processes(launch)
-        library.check_launch(recipe if resume is None else resume, set or (), count)
-        arguments = ["train", *([recipe] if recipe else ["--resume", str(resume)])]
-        arguments += [a for value in set or () for a in ("--set", value)]
-        raise typer.Exit(start(count, arguments + ([] if steps is None else ["--steps", str(steps)])))
+        ray = {"workers": workers, "address": address, "restarts": restarts}
+        code = start(launch, recipe, set or (), resume, steps, **ray)
+        raise typer.Exit(code)
     with TerminalReporter() as reporter:
         if resume is not None:
             result = library.resume(resume, steps=steps, reporter=reporter)
         else:
             result = library.train(recipe, set or (), reporter=reporter)
-    if not result.first:
-        return
-    if not result.finished:
-        typer.echo(f"Stopped and saved. Go on with: ccpo train --resume {result.folder}")
-        return
-    before_after(result)
+    if result.first:
+        tell_result(result)
 
 
 @app.command("eval")

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ccpo.errors import RunFailure, UserError
+from ccpo.errors import LostContact, RunFailure, UserError
 
 Result = TypeVar("Result")
 BUCKET = 1 << 25  # numbers that are summed over ranks at a time
@@ -64,6 +64,8 @@ class Comm:
         data, error = b"", None
         try:
             data = work()
+        except LostContact:
+            raise
         except (UserError, RunFailure) as raised:
             if self.size == 1:
                 raise
@@ -133,8 +135,8 @@ class Ranks(Comm):
     def __init__(self, *, cuda: bool) -> None:
         from torch import distributed
 
-        self.dist = distributed
-        if not distributed.is_initialized():
+        self.dist, self.owner = distributed, not distributed.is_initialized()
+        if self.owner:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
 
@@ -163,15 +165,16 @@ class Ranks(Comm):
                 self.dist.broadcast(tensor, 0)
 
     def close(self) -> None:
-        self.dist.destroy_process_group()
+        if self.owner:
+            self.dist.destroy_process_group()
 
     @contextmanager
     def _in_contact(self) -> Iterator[None]:
-        """A rank that has ended is a RunFailure of those that wait for it."""
+        """A rank that has ended is a LostContact of those that wait for it."""
         try:
             yield
         except RuntimeError as error:
-            raise RunFailure(
+            raise LostContact(
                 f"process {self.rank} of {self.size} has lost the others ({str(error).splitlines()[0][:120]}): one of them has ended. "
                 "Go on from the last checkpoint with ccpo train --resume RUN"
             ) from None

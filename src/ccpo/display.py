@@ -81,6 +81,16 @@ def progress_note(text: str) -> Iterator[Callable[[str], None]]:
         yield lambda now: None
 
 
+def tell_result(result: Result) -> None:
+    """What a run came to, or how to go on with it."""
+    if result.finished:
+        before_after(result)
+    else:
+        Console().print(
+            f"Stopped and saved. Go on with: ccpo train --resume {result.folder}", soft_wrap=True, highlight=False
+        )
+
+
 def before_after(result: Result) -> None:
     """The table that ends a training."""
     console, summary = Console(), result.summary

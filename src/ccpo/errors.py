@@ -1,4 +1,4 @@
-"""The two ways in which the library refuses to go on."""
+"""The ways in which the library refuses to go on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class UserError(ValueError):
 
 class RunFailure(RuntimeError):
     """A run that had started cannot go on (a non-finite loss, a full disk). The CLI exits with 1."""
+
+
+class LostContact(RunFailure):
+    """Another process of the run has ended, so that this one cannot go on; a new start from the last checkpoint can."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

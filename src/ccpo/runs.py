@@ -100,6 +100,22 @@ def resume(
         return _train(comm, setup, RunFolder(run, writes=comm.first), reporter, resumed=True)
 
 
+def begin_or_go_on(
+    recipe: str | None,
+    overrides: Sequence[str],
+    run: Path,
+    *,
+    steps: int | None = None,
+    reporter: Reporter | None = None,
+) -> Result:
+    """For launchers that start workers again: :func:`train` the recipe into ``run``, or :func:`resume` what an earlier start (or, without
+    a recipe, an earlier run) has left there. All ranks do the same."""
+    with connect(cuda=torch.cuda.is_available()) as comm:
+        if recipe is None or comm.any(comm.first and (run / "recipe.json").is_file()):
+            return resume(run, steps=steps, reporter=reporter)
+        return train(recipe, [*overrides, f"run.dir={run}", "run.overwrite=false"], reporter=reporter)
+
+
 def open_setup(folder: RunFolder, *, steps: int | None = None, overrides: Sequence[str] = (), **objects: Any) -> Setup:
     """The setup of a run that exists, with ``overrides`` of its recipe. Objects that were passed in from Python must be passed again."""
     stored = read_json(folder.recipe)
@@ -197,20 +213,21 @@ def shared_out(setup: Setup, comm: Comm) -> Setup:
     return replace(setup, task=ShardedTask(setup.task, comm), tests=tests)
 
 
-def check_launch(source: str | Path, overrides: Sequence[str], ranks: int) -> None:
-    """What is wrong with a run of ``ranks`` processes, before any is started: raises the UserError that they would."""
-    if isinstance(source, Path):
-        config = open_setup(RunFolder(source)).config
-    else:
-        config = load_recipe(source, overrides)
+def check_launch(source: str | Path, overrides: Sequence[str], ranks: int, *, here: bool) -> RunConfig:
+    """The recipe of a run of ``ranks`` processes (``here``: of this machine), with its folder made. What is wrong with it raises here,
+    before any is started, the UserError that they would."""
+    fresh = not isinstance(source, Path)
+    config = load_recipe(source, overrides) if fresh else open_setup(RunFolder(source)).config
+    if fresh:
         prepare(config)
-        if Path(config.run.folder).is_dir() and any(Path(config.run.folder).iterdir()) and not config.run.overwrite:
-            RunFolder(config.run.folder).create(overwrite=False)
     enough_problems(config, ranks)
-    if pick_device(config).type == "cuda" and ranks > torch.cuda.device_count():
+    if here and pick_device(config).type == "cuda" and ranks > torch.cuda.device_count():
         raise UserError(
             f"--launch asks for {ranks} processes, one for each GPU, but this machine has {torch.cuda.device_count()}; ask for fewer"
         )
+    if fresh:
+        RunFolder(config.run.folder).create(overwrite=config.run.overwrite)
+    return config
 
 
 def enough_problems(config: RunConfig, ranks: int) -> None:

@@ -12,14 +12,18 @@ from ccpo.errors import RunFailure, UserError, nearest
 LAUNCHERS = ("torchrun", "ray")
 
 
-def processes(launch: str) -> int:
-    """N of ``torchrun:N``. Raises UserError for anything else."""
+def processes(launch: str) -> int | None:
+    """N of ``torchrun:N``; None for ``ray``. Raises UserError for anything else."""
     name, _, count = launch.partition(":")
     if name not in LAUNCHERS:
         raise UserError(
             f"--launch {launch!r}: it is torchrun:N (N processes on this machine) or ray.{nearest(name, LAUNCHERS)}"
         )
-    if name == "ray" or not count.isdigit() or int(count) < 1:
+    if launch == "ray":
+        return None
+    if name == "ray":
+        raise UserError(f"--launch {launch!r}: with Ray say --launch ray --workers {count or 'N'}")
+    if not count.isdigit() or int(count) < 1:
         raise UserError(f"--launch {launch!r}: say how many processes, for example --launch torchrun:8")
     return int(count)
 
