@@ -49,6 +49,8 @@ MEANINGS = {
     "model.lora.targets": "the layers that get an adapter",
     "model.engine": "what decodes; `auto`: native for the Qwen2, Qwen3 and Llama families, else transformers",
     "model.attention": "`auto`: eager on a CPU, the model's best elsewhere",
+    "model.shard": "with several processes: weights, gradients and optimiser state in shards over them (FSDP2)",
+    "model.offload": "with `shard`: keep the shards in the CPU's memory",
     "model.gradient_checkpointing": "recompute activations in the backward pass: less memory, more time",
     "model.trust_remote_code": "run code that comes with the model; only for sources that you trust",
     "bootstrap.hidden": "width of the model",

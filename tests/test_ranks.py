@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ccpo.comm import Comm, deal
+from ccpo.config import load_recipe
+from ccpo.crew import check_sharding
 from ccpo.engines.sharded import _packed, _unpacked, shares
 from ccpo.errors import UserError
 from ccpo.launch.torchrun import processes
@@ -176,10 +178,12 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_pay_the_very_same_credit(count, alone, cache, recipe, tmp_path):
+@pytest.mark.parametrize(("count", "shard"), [(2, False), (4, False), (2, True), (3, True)])
+def test_processes_pay_the_very_same_credit(count, shard, alone, cache, recipe, tmp_path):
     run = tmp_path / "run"
-    out = train(cache, str(recipe), "--set", f"run.dir={run}", "--launch", f"torchrun:{count}")
+    out = train(
+        cache, str(recipe), "--set", f"run.dir={run}", "--set", f"model.shard={shard}", "--launch", f"torchrun:{count}"
+    )
     assert out.count("run: ") == 1, "only one process speaks"
     for step in (1, 2, 3, 4):
         assert credit(run, step) == credit(alone, step)
@@ -189,13 +193,33 @@ def test_processes_pay_the_very_same_credit(count, alone, cache, recipe, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_other_numbers_of_processes(alone, cache, recipe, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_run_goes_on_on_other_numbers_of_processes(shard, alone, cache, recipe, tmp_path):
     run = tmp_path / "run"
-    train(cache, str(recipe), "--set", f"run.dir={run}", "--set", "trainer.steps=1", "--launch", "torchrun:4")
+    sets = ["--set", f"run.dir={run}", "--set", "trainer.steps=1", "--set", f"model.shard={shard}"]
+    train(cache, str(recipe), *sets, "--launch", "torchrun:4")
     for steps, launch in ((2, ["--launch", "torchrun:2"]), (3, []), (4, ["--launch", "torchrun:3"])):
         train(cache, "--resume", str(run), "--steps", str(steps), *launch)
     for name, tensor in weights(run).items():
         assert torch.allclose(tensor, weights(alone)[name], atol=1e-5)
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    for config in newest.glob("policies/*/config.json"):  # as anyone would load it
+        assert json.loads(config.read_text())["architectures"] == ["Qwen2ForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "match"),
+    [
+        ({"model.offload": "true"}, "model.shard"),
+        ({"model.shard": "true", "model.sharing": "lora"}, "lora"),
+        ({"model.shard": "true", "model.engine": "transformers"}, "transformers"),
+        ({"model.shard": "true", "loss.kl": "k3", "loss.kl_coef": "0.1"}, "loss.kl"),
+    ],
+)
+def test_what_does_not_go_with_shards_is_refused(sets, match):
+    config = load_recipe("demo", [f"{key}={value}" for key, value in sets.items()])
+    with pytest.raises(UserError, match=match):
+        check_sharding(config)
 
 
 @pytest.mark.slow

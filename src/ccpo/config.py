@@ -83,6 +83,10 @@ class ModelSection(Section):
     decode: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the decoder")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False
+    shard: bool = Field(
+        False, description="weights, gradients and optimiser state in shards over the processes (FSDP2)"
+    )
+    offload: bool = Field(False, description="with shard: keep the shards in the CPU's memory")
     trust_remote_code: bool = False
 
 

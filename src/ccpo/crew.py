@@ -14,7 +14,10 @@ from ccpo.config import RunConfig
 from ccpo.engines import make_engine
 from ccpo.engines.sharded import ShardedEngine
 from ccpo.errors import UserError
+from ccpo.families import unsupported
 from ccpo.learner import Learner, Policy, PolicySpec, freeze_copy, load_policies
+from ccpo.learner.logprobs import compute_dtype
+from ccpo.learner.sharding import shard
 from ccpo.rollout import Voice
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -29,6 +32,7 @@ class Crew:
         self.setup, self.comm = setup, comm or Comm()
         self.device = pick_device(config)
         specs = policy_specs(setup, paths)
+        check_sharding(config)
         model = config.model
         self.policies: dict[str, Policy] = self.comm.together(
             lambda: load_policies(
@@ -44,6 +48,11 @@ class Crew:
         )
         for policy in self.policies.values():
             self.comm.copy([p.detach() for p in policy.model.parameters()])
+        if model.shard and self.comm.size > 1 and train:
+            for policy in self.policies.values():
+                if (why := unsupported(policy.model)) is not None:
+                    raise UserError(f"model.shard: policy {policy.name!r} cannot be decoded in shards: {why}")
+                shard(policy.model, compute=DTYPES[model.compute] or compute_dtype(self.device), offload=model.offload)
         self.engines = {name: self._engine(policy) for name, policy in self.policies.items()}
         self._loaded = {name: policy.version for name, policy in self.policies.items()}
         self.frozen_voices: dict[str, Voice] = self._frozen() if config.rollout.removal == "frozen" and train else {}
@@ -97,6 +106,23 @@ def pick_device(config: RunConfig) -> torch.device:
             "run.device is 'cuda', but torch sees no CUDA device here; set run.device: auto, or install a CUDA build of torch"
         )
     return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def check_sharding(config: RunConfig) -> None:
+    """Raises UserError for what does not go with weights in shards."""
+    if config.model.offload and not config.model.shard:
+        raise UserError("model.offload goes with model.shard: true; set both")
+    if not config.model.shard:
+        return
+    wrong = {
+        "model.sharing: lora (its base is frozen and small beside an optimiser)": config.model.sharing == "lora",
+        "model.engine: transformers": config.model.engine == "transformers",
+        "rollout.removal: frozen": config.rollout.removal == "frozen",
+        "loss.kl (its reference is a whole copy)": config.loss.kl != "none",
+    }
+    for what, there in wrong.items():
+        if there:
+            raise UserError(f"model.shard does not go with {what}; drop one of them")
 
 
 def policy_specs(setup: Setup, paths: Mapping[str, str]) -> list[PolicySpec]:

@@ -18,6 +18,16 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def is_sharded(model: Any) -> bool:
+    """Whether the model's weights are shards over ranks (FSDP2)."""
+    return hasattr(model, "set_gradient_divide_factor")
+
+
+def whole(tensor: Any) -> Any:
+    """The tensor itself, or all of what it is a shard of; then all ranks must ask together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def unsupported(model: Any, adapter: str | None = None) -> str | None:
     """Why this model (or PeftModel with this adapter) is not run by the library's own code; None if it is."""
     config = getattr(bare(model), "config", None)

@@ -13,6 +13,7 @@ from ccpo.build import Setup, ratings_of
 from ccpo.crew import Crew
 from ccpo.evaluate import Exam, evaluate, headline
 from ccpo.learner import load_checkpoint, save_checkpoint
+from ccpo.learner.sharding import gather_states
 from ccpo.loggers import Sinks
 from ccpo.pay import Payroll, credit_inputs, lists, training_rows, turn_lengths
 from ccpo.planner import Planner
@@ -224,10 +225,11 @@ class Trainer:
             "totals": self.totals,
             "layout": self.planner.state if self.planner else {},
         }
-        keep = self.config.trainer.keep_checkpoints
-        self.crew.comm.first_alone(
+        crew, keep = self.crew, self.config.trainer.keep_checkpoints
+        whole = gather_states(crew.policies, crew.learner.optimizers, keep=crew.comm.first)
+        crew.comm.first_alone(
             lambda: save_checkpoint(
-                self.folder.path, self.step, self.crew.policies, self.crew.learner, state, keep=keep
+                self.folder.path, self.step, crew.policies, crew.learner, state, keep=keep, whole=whole
             )
         )
 

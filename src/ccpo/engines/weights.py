@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ccpo.families import bare, head_dim
+from ccpo.families import bare, head_dim, whole
 
 WIDE = 512  # hidden channels from which a CPU attends faster in bfloat16
 
@@ -79,7 +79,7 @@ class Weights:
         config, body = source.config, source.model
         device = body.norm.weight.device
         dtype = native_dtype(device) if dtype is None else dtype
-        with torch.inference_mode():
+        with torch.no_grad():
             embed = _weight(body.embed_tokens, adapter).to(dtype, copy=True)
             made = cls(
                 source=source,
@@ -94,7 +94,7 @@ class Weights:
                 eps=config.rms_norm_eps,
                 vocab=embed.shape[0],
                 embed=embed,
-                norm=body.norm.weight.to(dtype, copy=True),
+                norm=whole(body.norm.weight).to(dtype, copy=True),
                 head=embed if _tied(source, adapter) else _weight(source.lm_head, adapter).to(dtype, copy=True),
                 inv_freq=body.rotary_emb.inv_freq.detach().float(),
                 rotation_scale=float(body.rotary_emb.attention_scaling),
@@ -118,9 +118,9 @@ class Weights:
     def refresh(self) -> None:
         """Reads the live model again, into the same tensors."""
         body = self.source.model
-        with torch.inference_mode():
+        with torch.no_grad():
             self.embed.copy_(_weight(body.embed_tokens, self.adapter))
-            self.norm.copy_(body.norm.weight)
+            self.norm.copy_(whole(body.norm.weight))
             if self.head is not self.embed:
                 self.head.copy_(_weight(self.source.lm_head, self.adapter))
             for layer, block in zip(self.layers, body.layers, strict=True):
@@ -157,8 +157,8 @@ class Weights:
 
     def _read(self, layer: Layer, block: Any) -> None:
         attention, mlp = block.self_attn, block.mlp
-        layer.attention_norm.copy_(block.input_layernorm.weight)
-        layer.mlp_norm.copy_(block.post_attention_layernorm.weight)
+        layer.attention_norm.copy_(whole(block.input_layernorm.weight))
+        layer.mlp_norm.copy_(whole(block.post_attention_layernorm.weight))
         _stack(layer.qkv, layer.qkv_bias, (attention.q_proj, attention.k_proj, attention.v_proj), self.adapter)
         for rows in (layer.qkv, layer.qkv_bias):
             if rows is not None:
@@ -168,8 +168,8 @@ class Weights:
         _stack(layer.gate_up, layer.gate_up_bias, (mlp.gate_proj, mlp.up_proj), self.adapter)
         _stack(layer.down, layer.down_bias, (mlp.down_proj,), self.adapter)
         if layer.qk_norm is not None:
-            layer.qk_norm[: self.heads] = _interleaved(attention.q_norm.weight, 0)
-            layer.qk_norm[self.heads :] = _interleaved(attention.k_norm.weight, 0)
+            layer.qk_norm[: self.heads] = _interleaved(whole(attention.q_norm.weight), 0)
+            layer.qk_norm[self.heads :] = _interleaved(whole(attention.k_norm.weight), 0)
 
     def rotations(self, length: int) -> Tensor:
         """``scale * exp(i * angle)`` of positions 0 to at least ``length - 1``, complex: ``[positions, head_dim / 2]``."""
@@ -193,7 +193,7 @@ def _stack(into: Tensor, bias: Tensor | None, modules: tuple[Any, ...], adapter:
         end = start + weight.shape[0]
         into[start:end] = weight
         if bias is not None:
-            bias[start:end] = module.bias
+            bias[start:end] = whole(module.bias)
         start = end
 
 
@@ -203,7 +203,7 @@ def _weight(module: Any, adapter: str | None) -> Tensor:
         module = module.modules_to_save[adapter]
     elif hasattr(module, "original_module"):
         module = module.original_module
-    weight = module.weight.detach()
+    weight = whole(module.weight.detach())
     updated = adapter in getattr(module, "lora_A", {}) or adapter in getattr(module, "lora_embedding_A", {})
     return weight + module.get_delta_weight(adapter) if updated and not module.merged else weight
 

@@ -12,6 +12,7 @@ checkpoints before it as they were.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ from ccpo.learner import lora as adapters
 from ccpo.learner.loading import quiet
 from ccpo.learner.manifest import flush, read_manifest, verify, write_manifest
 from ccpo.learner.policies import Policy
+from ccpo.learner.sharding import WholeState, plain_class
 from ccpo.learner.state import random_state, read_state, restore_random_state, write_state
 from ccpo.learner.update import Learner
 
@@ -42,10 +44,12 @@ def save_checkpoint(
     extra_state: Mapping[str, Any],
     *,
     keep: int = 2,
+    whole: Mapping[str, WholeState] | None = None,
 ) -> Path:
     """Write the checkpoint of ``step`` finished steps into the run folder, and delete all but the newest ``keep``.
 
-    ``extra_state``: nested strings, numbers and tensors, given back by :func:`load_checkpoint`. Raises RunFailure where
+    ``whole``: the states of policies that are sharded (:func:`~ccpo.learner.sharding.gather_states`). ``extra_state``: nested strings,
+    numbers and tensors, given back by :func:`load_checkpoint`. Raises RunFailure where
     the disk refuses (nothing is left behind, and what was there before stays), ValueError for a state that cannot be
     kept.
     """
@@ -60,7 +64,7 @@ def save_checkpoint(
         for stale in place.glob(f"{UNFINISHED}*"):  # what a kill left behind
             shutil.rmtree(stale)
         unfinished.mkdir()
-        _write(unfinished, step, policies, learner, extra_state)
+        _write(unfinished, step, policies, learner, extra_state, whole or {})
         final = _publish(unfinished, place / f"step-{step:06d}")
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -141,7 +145,14 @@ def _step(checkpoint: Path) -> int:
     return int(match[1]) if match else 0
 
 
-def _write(folder: Path, step: int, policies: Mapping[str, Policy], learner: Learner, extra: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path,
+    step: int,
+    policies: Mapping[str, Policy],
+    learner: Learner,
+    extra: Mapping[str, Any],
+    whole: Mapping[str, WholeState],
+) -> None:
     from safetensors.torch import save_file
 
     (folder / "agents").mkdir()
@@ -149,23 +160,30 @@ def _write(folder: Path, step: int, policies: Mapping[str, Policy], learner: Lea
     for name, policy in policies.items():
         target = folder / "policies" / name
         target.mkdir(parents=True)
-        _save_weights(policy, target)
+        _save_weights(policy, target, whole.get(name))
         for agent in policy.agents:
             _link(folder / "agents" / agent, target)
     for name, optimizer in learner.optimizers.items():
-        tensors = {key: value.detach().cpu().contiguous() for key, value in optimizer.tensors().items()}
+        own = whole[name].optimizer if name in whole else optimizer.tensors()
+        tensors = {key: value.detach().cpu().contiguous() for key, value in own.items()}
         save_file(tensors, folder / "optimizers" / f"{name}.safetensors")
     versions = {name: policy.version for name, policy in policies.items()}
     write_state(folder, {"versions": versions, "random": random_state(), "extra": extra})
     write_manifest(folder, step)
 
 
-def _save_weights(policy: Policy, folder: Path) -> None:
+def _save_weights(policy: Policy, folder: Path, whole: WholeState | None) -> None:
     if policy.adapter is not None:
         adapters.save_adapter(policy.model, policy.adapter, folder)
-    else:
+    elif whole is None:
         with quiet():
             policy.model.save_pretrained(folder)
+    else:
+        with quiet():
+            policy.model.save_pretrained(folder, state_dict=dict(whole.weights))
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["architectures"] = [plain_class(policy.model).__name__]
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     policy.tokenizer.save_pretrained(folder)
 
 
@@ -196,7 +214,7 @@ def _load_weights(policy: Policy, folder: Path) -> None:
         return
     with quiet():
         # the class itself reads it back, since some families store tensors under other names than they run with
-        saved = type(policy.model).from_pretrained(
+        saved = plain_class(policy.model).from_pretrained(
             folder, dtype=policy.model.dtype, use_safetensors=True, local_files_only=True
         )
     adapters.copy_into(policy.parameters(), dict(saved.named_parameters()), str(folder))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
 from torch.utils.checkpoint import checkpoint
 
-from ccpo.families import bare, head_dim, unsupported
+from ccpo.families import bare, head_dim, is_sharded, unsupported
 from ccpo.learner.layout import Layout
 
 SHORT = 64  # columns up to which a CPU attends faster with all scores in memory
@@ -24,6 +24,8 @@ SHORT = 64  # columns up to which a CPU attends faster with all scores in memory
 
 def runs(model: nn.Module) -> bool:
     """Whether :func:`hidden_states` can run this model, or this PeftModel with its active adapters."""
+    if is_sharded(model):
+        return False
     if not hasattr(model, "peft_config"):
         return unsupported(model) is None
     for m in model.modules():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ccpo.errors import UserError, nearest
+from ccpo.learner.sharding import part_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -122,7 +123,7 @@ def copy_into(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor], w
             )
     with torch.no_grad():
         for key, parameter in parameters.items():
-            parameter.copy_(tensors[key])
+            parameter.copy_(part_of(tensors[key], parameter))
 
 
 def copy_adapter(model: Any, name: str, copy: str) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ccpo.comm import Comm
 from ccpo.errors import UserError, nearest
+from ccpo.families import is_sharded, whole
 from ccpo.learner.policies import Policy
+from ccpo.learner.sharding import part_of
 
 DECAYS = ("constant", "linear", "cosine")
 FUSED = ("cpu", "cuda")
@@ -43,15 +45,15 @@ class PolicyOptimizer:
         self.policy, self.max_grad_norm = policy, max_grad_norm
         self.parameters = policy.parameters()
         policy.activate()
-        fused = all(p.device.type in FUSED for p in self.parameters.values())
+        fused = all(p.device.type in FUSED for p in self.parameters.values()) and not is_sharded(policy.model)
         self.adamw = torch.optim.AdamW(
             list(self.parameters.values()), lr=policy.lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
         )
 
     def all_gradients(self, comm: Comm) -> list[Tensor]:
         """The gradients of all weights that have one on any rank, zeros where this rank has none; nothing for one process."""
-        if comm.size == 1:
-            return []
+        if comm.size == 1 or is_sharded(self.policy.model):
+            return []  # FSDP has summed them
         parameters = list(self.parameters.values())
         there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
         comm.add([there])
@@ -63,7 +65,7 @@ class PolicyOptimizer:
 
     def clip(self) -> Tensor:
         """Scale the gradients to the largest norm allowed; returns the norm before."""
-        return torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        return whole(torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
 
     def step(self, factor: float) -> float:
         """One update at ``factor`` times the policy's learning rate, which it returns."""
@@ -100,4 +102,11 @@ class PolicyOptimizer:
         for name, values in state.items():
             parameter = self.parameters[name]
             # the count of steps stays where AdamW keeps it: beside the weights if fused
-            self.adamw.state[parameter] = {kind: value.clone().to(parameter.device) for kind, value in values.items()}
+            self.adamw.state[parameter] = {
+                kind: part_of(value.clone(), parameter) if value.shape else value.clone().to(_count_place(parameter))
+                for kind, value in values.items()
+            }
+
+
+def _count_place(parameter: Tensor) -> torch.device:
+    return torch.device("cpu") if hasattr(parameter, "full_tensor") else parameter.device

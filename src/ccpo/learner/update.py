@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ccpo.comm import Comm, deal
 from ccpo.errors import RunFailure
+from ccpo.families import is_sharded
 from ccpo.learner import forward
 from ccpo.learner.failure import refuse
 from ccpo.learner.logprobs import compute_dtype, score, training
@@ -171,9 +172,19 @@ class Learner:
             counts=denominators(
                 torch.tensor([len(row.token_ids) for row in rows]), torch.tensor(segments), self.objective.constant
             ),
-            batches=[collate([chosen[i] for i in part], [numbers[i] for i in part], policy.device) for part in packed],
+            batches=[
+                *(collate([chosen[i] for i in part], [numbers[i] for i in part], policy.device) for part in packed),
+                *self._fillers(policy, rows[0], len(packed)),
+            ],
             live=bool(live),
         )
+
+    def _fillers(self, policy: Policy, row: TrainRow, count: int) -> list[MicroBatch]:
+        """Micro-batches of no rows: ranks that hold shards of a model must all run it equally often."""
+        if not is_sharded(policy.model):
+            return []
+        most = max(self.comm.gather_plain(count))
+        return [replace(collate([row], [0], policy.device), rows=()) for _ in range(most - count)]
 
     def _mine(self, rows: list[TrainRow], segments: list[int]) -> list[int]:
         """Indices of the rows that this rank runs: those of whole segments."""
@@ -205,6 +216,8 @@ class Learner:
                     batch.old_BT = batch.engine_BT
                 elif forward:
                     batch.old_BT = self._score_now(name, batch)
+                    if not batch.rows:
+                        continue
                     meters.tokens(share.agent, mismatch(batch.old_BT, batch.engine_BT, batch.mask_BT), batch.tokens)
         if name in self._references:
             self._score_reference(name, shares)
@@ -271,6 +284,10 @@ class Learner:
         with training(policy.model):
             for share, _, batch in live:
                 logprob_BT, entropy_BT = score(policy.model, batch, self._dtype(policy))
+                if not batch.rows:
+                    (logprob_BT.sum() * 0.0).backward()
+                    losses.append(torch.zeros((), device=policy.device))
+                    continue
                 loss, metrics = self.objective(logprob_BT, entropy_BT, batch, share.counts)
                 loss.backward()
                 losses.append(loss.detach())
