@@ -26,7 +26,9 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "families": (set(), set()),
     "plain_yaml": ({"errors"}, {"yaml"}),
     "explain": ({"errors"}, {"pydantic"}),
-    "config": ({"errors", "explain", "plain_yaml"}, {"pydantic", "yaml"}),
+    "addresses": (set(), set()),
+    "sections": ({"addresses"}, {"pydantic"}),
+    "config": ({"errors", "explain", "plain_yaml", "sections"}, {"pydantic", "yaml"}),
     "schedule": ({"errors"}, set()),
     "runfolder": ({"errors"}, set()),
     "loggers": ({"errors"}, TORCH),
@@ -57,6 +59,7 @@ TOP = {
     "launch",
     "pay",
     "planner",
+    "remotes",
     "runs",
     "trainer",
 }

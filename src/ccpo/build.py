@@ -17,7 +17,7 @@ from ccpo.imports import load_object
 from ccpo.rollout import AskRatings, Limits, Sampling, plant
 from ccpo.schedule import ProblemSampler, Schedule
 from ccpo.tasks import TASKS, ProceduralTask, Task, limited
-from ccpo.teams import TEAMS, PlayTeam, Team, check_raters
+from ccpo.teams import TEAMS, PlayTeam, Team, Weighted, check_raters
 from ccpo.types import Removal
 
 
@@ -86,6 +86,7 @@ def prepare(
     rule = credit or build_part(credit_rules.RULES, config.credit, "credit")
     _check_agents(config, team)
     _check_settings(config, team)
+    _check_remotes(config, team)
     _check_process(config, team, task)
     if ratings_of(rule) is not None:
         check_raters(team, ratings_of(rule).prompt)
@@ -178,6 +179,39 @@ def _check_settings(config: RunConfig, team: Team | PlayTeam) -> None:
         raise UserError(f"loss.kl is {config.loss.kl!r} but loss.kl_coef is 0; give it a weight, or set loss.kl: none")
 
 
+def _check_remotes(config: RunConfig, team: Team | PlayTeam) -> None:
+    """What an agent behind an endpoint cannot do: be sampled by top-k, weigh its ballot by log-probs, be the whole team."""
+    remote = [name for name in team.agent_names if is_remote(config, name)]
+    for name in remote:
+        top_k = _sampling(config, name).top_k
+        if top_k:
+            raise UserError(
+                f"agents.{name}.top_k: it is {top_k}, and chat completions know no top-k; set agents.{name}.top_k: 0 (and, where the "
+                f"endpoint knows it, agents.{name}.remote.extra: {{top_k: {top_k}}})"
+            )
+        if _weighs(team, name):
+            raise UserError(
+                f"agents.{name}.remote: the decision 'weighted' weighs ballots by log-probs, and an endpoint shows none; use "
+                "decision 'majority'"
+            )
+    if remote and len(remote) == len(team.agent_names):
+        raise UserError(
+            f"agents: all of team {team.name!r} ({', '.join(remote)}) are behind endpoints (remote), so nothing can be trained; give at "
+            "least one a model"
+        )
+    if config.trainer.first in remote:
+        raise UserError(
+            f"trainer.first: agent {config.trainer.first!r} is behind an endpoint (remote) and cannot be trained; name another"
+        )
+
+
+def _weighs(team: Team | PlayTeam, agent: str) -> bool:
+    """Whether the decision weighs what ``agent`` says by its log-probs."""
+    if not isinstance(team, Team) or not isinstance(team.decision, Weighted):
+        return False
+    return any(team.turn(turn).agent == agent for turn in team.decision.reads)
+
+
 def _check_process(config: RunConfig, team: Team | PlayTeam, task: Task) -> None:
     if not config.process:
         return
@@ -194,8 +228,15 @@ def _frozen(config: RunConfig, agent: str) -> bool:
     return agent in config.agents and config.agents[agent].frozen
 
 
+def is_remote(config: RunConfig, agent: str) -> bool:
+    """Whether an agent speaks through an endpoint."""
+    return agent in config.agents and config.agents[agent].remote is not None
+
+
 def _policy(config: RunConfig, team: Team | PlayTeam, agent: str) -> str:
-    """The name of the policy an agent speaks with: its own, its team's shared one, or the run's single one."""
+    """The name of the policy an agent speaks with: its own, its team's shared one, or the run's single one; an endpoint's has an @."""
+    if is_remote(config, agent):
+        return f"{agent}@remote"
     if config.model.sharing == "shared":
         return "shared"
     return team.agent(agent).policy or agent

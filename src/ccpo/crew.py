@@ -8,23 +8,27 @@ from typing import Any
 
 import torch
 
-from ccpo.build import Setup
+from ccpo.build import Setup, is_remote
 from ccpo.config import RunConfig
 from ccpo.engines import make_engine
 from ccpo.errors import UserError
 from ccpo.learner import Learner, Policy, PolicySpec, freeze_copy, load_policies
+from ccpo.remotes import Remotes
 from ccpo.rollout import Voice
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Crew:
-    """Policies by name, the voice of each agent, the frozen voices of removal by ``frozen``, and the learner (None where only evaluating)."""
+    """Policies by name, the voice of each agent, the frozen voices of removal by ``frozen``, and the learner (None where only evaluating).
+    Agents behind endpoints have a voice and no policy."""
 
     def __init__(self, setup: Setup, paths: Mapping[str, str], *, train: bool = True) -> None:
         config = setup.config
         self.setup = setup
         self.device = pick_device(config)
+        self.remotes = Remotes(config, setup.team.agent_names)
+        self._readers = self.remotes.readers()
         specs = policy_specs(setup, paths)
         model = config.model
         self.policies: dict[str, Policy] = load_policies(
@@ -55,14 +59,24 @@ class Crew:
 
     def _frozen(self) -> dict[str, Voice]:
         """The policies as they are at the start, under names of their own."""
-        voices = self.voices()
+        voices = {a: v for a, v in self.voices().items() if a not in self.remotes.engines}
         engines = {name: self._engine(freeze_copy(policy)) for name, policy in self.policies.items()}
-        return {a: replace(v, policy=f"{v.policy}@start", engine=engines[v.policy]) for a, v in voices.items()}
+        frozen = {a: replace(v, policy=f"{v.policy}@start", engine=engines[v.policy]) for a, v in voices.items()}
+        return {**self.voices(), **frozen}  # an endpoint is what it was at the start
 
     def voices(self) -> dict[str, Voice]:
         """The voice of each agent, at its policy's present version."""
         voices = {}
         for agent, name in self.setup.policy_of.items():
+            if agent in self.remotes.engines:
+                voices[agent] = Voice(
+                    agent=agent,
+                    policy=name,
+                    engine=self.remotes.engines[agent],
+                    tokenizer=self._readers[agent],
+                    sampling=self.setup.samplings[agent],
+                )
+                continue
             policy = self.policies[name]
             voices[agent] = Voice(
                 agent=agent,
@@ -92,11 +106,12 @@ def pick_device(config: RunConfig) -> torch.device:
 
 
 def policy_specs(setup: Setup, paths: Mapping[str, str]) -> list[PolicySpec]:
-    """What to load: one spec a policy, with the agents that speak with it."""
+    """What to load: one spec a policy, with the agents that speak with it; none for an agent behind an endpoint."""
     config = setup.config
     specs = []
-    for name in dict.fromkeys(setup.policy_of.values()):
-        agents = tuple(a for a, policy in setup.policy_of.items() if policy == name)
+    local = {a: policy for a, policy in setup.policy_of.items() if not is_remote(config, a)}
+    for name in dict.fromkeys(local.values()):
+        agents = tuple(a for a, policy in local.items() if policy == name)
         own = {a: config.agents[a] for a in agents if a in config.agents}
         rates = {s.lr for s in own.values() if s.lr is not None}
         if len({paths[a] for a in agents}) > 1 or len(rates) > 1:

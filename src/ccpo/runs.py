@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from ccpo.bootstrap import bootstrap
-from ccpo.build import Setup, prepare
+from ccpo.build import Setup, is_remote, prepare
 from ccpo.config import RunConfig, load_recipe
 from ccpo.crew import Crew, pick_device
 from ccpo.errors import UserError
 from ccpo.evaluate import headline
 from ccpo.learner import find_checkpoint, verify_checkpoint
 from ccpo.loggers import make_sinks
+from ccpo.remotes import reach
 from ccpo.runfolder import RunFolder, read_json, write_json
 from ccpo.trainer import Trainer
 
@@ -65,6 +66,7 @@ def train(
     setup = prepare(config, team=team, task=task, tests=tests, credit=credit)
     folder = RunFolder(config.run.folder)
     pick_device(config)
+    reach(config, setup.team.agent_names)
     folder.create(overwrite=config.run.overwrite)
     objects = {
         k: repr(v) for k, v in {"team": team, "task": task, "tests": tests, "credit": credit}.items() if v is not None
@@ -88,6 +90,7 @@ def resume(
     """Go on with a run from its newest checkpoint; ``steps`` raises its last step. Raises UserError where there is nothing to go on from."""
     folder = RunFolder(run)
     setup = open_setup(folder, steps=steps, team=team, task=task, tests=tests, credit=credit)
+    reach(setup.config, setup.team.agent_names)
     checkpoint = find_checkpoint(folder.path) if folder.checkpoints.is_dir() else None
     return _train(setup, folder, reporter or Reporter(), checkpoint=checkpoint)
 
@@ -174,6 +177,7 @@ def model_paths(setup: Setup, reporter: Reporter) -> tuple[dict[str, str], float
     wanted = {
         name: (config.agents[name].model if name in config.agents and config.agents[name].model else config.model.path)
         for name in setup.team.agent_names
+        if not is_remote(config, name)
     }
     if "bootstrap" not in wanted.values():
         return wanted, 0.0
@@ -206,8 +210,10 @@ def load_crew(setup: Setup, folder: RunFolder) -> tuple[Crew, Path]:
     if checkpoint is None:
         raise UserError(f"{folder.path} has no checkpoint yet; train it first (ccpo train --resume {folder.path})")
     verify_checkpoint(checkpoint)
+    reach(setup.config, setup.team.agent_names)
     return Crew(setup, checkpoint_paths(setup, checkpoint), train=False), checkpoint
 
 
 def checkpoint_paths(setup: Setup, checkpoint: Path) -> dict[str, str]:
-    return {agent: str(checkpoint / "policies" / policy) for agent, policy in setup.policy_of.items()}
+    local = {a: policy for a, policy in setup.policy_of.items() if not is_remote(setup.config, a)}
+    return {agent: str(checkpoint / "policies" / policy) for agent, policy in local.items()}
