@@ -33,6 +33,7 @@ class Server:
 
     say: Callable[[Body], str] = lambda body: "ok"
     acts: list[Act] = field(default_factory=list)
+    choose: Callable[[Body], Act | None] = lambda body: None
     models: Any = None
     bodies: list[Body] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
@@ -69,19 +70,23 @@ class Handler(BaseHTTPRequestHandler):
             world.headers.append({k.lower(): v for k, v in self.headers.items()} | {":path": self.path})
             world.busy += 1
             world.most_busy = max(world.most_busy, world.busy)
-            act = world.acts.pop(0) if world.acts else None
+            act = world.acts.pop(0) if world.acts else world.choose(body)
         try:
             if world.delay:
                 time.sleep(world.delay)
             if act is not None:
                 act(self, body)
             else:
-                self.reply(200, json.dumps(completion(world.say(body))).encode())
+                self.say(body)
         except OSError:  # the other side has gone
             self.close_connection = True
         finally:
             with world.lock:
                 world.busy -= 1
+
+    def say(self, body: Body) -> None:
+        """Answer well."""
+        self.reply(200, json.dumps(completion(self.server.world.say(body))).encode())
 
     def reply(self, status: int, body: bytes, *, length: int | None = None, **headers: str) -> None:
         self.send_response(status)

@@ -97,7 +97,14 @@ def test_the_key_goes_into_the_header_and_nowhere_else(monkeypatch, caplog, caps
             remote.generate([ask()])
     assert "***" in str(refused.value)
     assert "\x1b" not in str(refused.value)
-    shown = [repr(remote), repr(remote.endpoint), repr(remote.__dict__), str(refused.value), caplog.text, *capsys.readouterr()]
+    shown = [
+        repr(remote),
+        repr(remote.endpoint),
+        repr(remote.__dict__),
+        str(refused.value),
+        caplog.text,
+        *capsys.readouterr(),
+    ]
     assert [s for s in shown if KEY in s] == []
 
 
@@ -106,7 +113,7 @@ def test_a_key_is_not_pickled_and_a_bad_one_is_refused_unseen(monkeypatch):
 
     with pytest.raises(TypeError):
         pickle.dumps(secret(monkeypatch))
-    with pytest.raises(UserError, match="ABSENT_KEY is not set; .*export ABSENT_KEY"):
+    with pytest.raises(UserError, match=r"ABSENT_KEY is not set; .*export ABSENT_KEY"):
         Secret.of_environment("ABSENT_KEY", "agents.judge.remote.key_env")
     monkeypatch.setenv("EXAMPLE_KEY", "sk two\nlines")
     with pytest.raises(UserError, match="has characters that no key has") as error:
@@ -133,7 +140,9 @@ def test_finish_reasons_and_stop_strings():
 
 
 def test_text_that_utf8_cannot_write_is_made_writable():
-    with serving(acts=[raw(b'{"choices": [{"message": {"content": "a\\ud800b"}, "finish_reason": "stop"}]}')]) as server:
+    with serving(
+        acts=[raw(b'{"choices": [{"message": {"content": "a\\ud800b"}, "finish_reason": "stop"}]}')]
+    ) as server:
         (said,) = engine(server).generate([ask("x\ud800y")])
     assert said.text == "a?b"
     assert server.bodies[0]["messages"][-1]["content"] == "x?y"
@@ -190,7 +199,9 @@ def test_what_may_pass_is_tried_again(act):
 def test_what_does_not_pass_ends_in_a_failure_that_names_the_address(act):
     with serving(acts=[act, act]) as server, no_new_threads():
         remote = engine(server, retries=1, timeout=0.3)
-        with pytest.raises(EndpointFailure, match=r"agents\.judge\.remote\.url: http://127.*2 tries \(last: .*remote\.retries") as error:
+        with pytest.raises(
+            EndpointFailure, match=r"agents\.judge\.remote\.url: http://127.*2 tries \(last: .*remote\.retries"
+        ) as error:
             remote.generate([ask()])
     assert isinstance(error.value, RunFailure)
     assert len(server.bodies) == 2
@@ -255,16 +266,20 @@ def test_pauses_double_and_have_jitter():
 def test_what_no_retry_helps_is_refused_at_once_and_names_the_setting(code, says):
     with serving(acts=[status(code)] * 9) as server:
         remote = engine(server, concurrency=1)
-        with pytest.raises(EndpointRefusal, match=r"agents\.judge\.remote" + (says if says[0] == "\\" else r"\." + says)) as error:
+        with pytest.raises(
+            EndpointRefusal, match=r"agents\.judge\.remote" + (says if says[0] == "\\" else r"\." + says)
+        ) as error:
             remote.generate([ask(str(i)) for i in range(9)])
     assert isinstance(error.value, UserError)
     assert len(server.bodies) == 1  # the others are not even sent
 
 
 def test_a_refused_key_is_named_and_what_the_server_says_of_it_is_not_shown(monkeypatch):
-    with serving(acts=[status(401, f"key sk-very...{KEY[-4:]} is wrong".encode())]) as server:
-        with pytest.raises(EndpointRefusal, match=r"key_env: the endpoint refuses the key in EXAMPLE_KEY") as error:
-            engine(server, secret=secret(monkeypatch)).generate([ask()])
+    with (
+        serving(acts=[status(401, f"key sk-very...{KEY[-4:]} is wrong".encode())]) as server,
+        pytest.raises(EndpointRefusal, match=r"key_env: the endpoint refuses the key in EXAMPLE_KEY") as error,
+    ):
+        engine(server, secret=secret(monkeypatch)).generate([ask()])
     assert KEY[-4:] not in str(error.value)
 
 
@@ -296,7 +311,9 @@ def test_the_budget_is_counted_from_what_the_endpoint_reports():
         remote.generate([ask(), ask()])
         assert remote.spent.total == 26
         remote.generate([ask()])  # 26 are less than 39
-        with pytest.raises(EndpointFailure, match=r"max_total_tokens: the budget of 39 tokens is spent \(39 in 3 requests\)"):
+        with pytest.raises(
+            EndpointFailure, match=r"max_total_tokens: the budget of 39 tokens is spent \(39 in 3 requests\)"
+        ):
             remote.generate([ask()])
     assert len(server.bodies) == 3
 
@@ -349,7 +366,10 @@ def test_a_probe_passes_where_the_model_is_listed_or_there_is_no_list():
 
 def test_a_probe_finds_what_is_wrong(monkeypatch):
     with serving(models=["large", "small"]) as server:
-        with pytest.raises(EndpointRefusal, match=r"model: the endpoint does not list 'lage'; it has large, small\. Did you mean 'large'"):
+        with pytest.raises(
+            EndpointRefusal,
+            match=r"model: the endpoint does not list 'lage'; it has large, small\. Did you mean 'large'",
+        ):
             engine(server, model="lage").probe()
         server.models = lambda handler, _: handler.reply(401, b"{}")
         with pytest.raises(EndpointRefusal, match="key_env: the endpoint refuses the key in EXAMPLE_KEY"):
@@ -362,7 +382,10 @@ def test_a_probe_finds_what_is_wrong(monkeypatch):
 def test_an_endpoint_that_is_not_there_is_found_at_once():
     url = f"http://127.0.0.1:{free_port()}/v1"
     clock = time.monotonic()
-    with pytest.raises(EndpointRefusal, match=rf"agents\.judge\.remote\.url: {url} does not answer \(.*[Rr]efused.*\); start the server"):
+    with pytest.raises(
+        EndpointRefusal,
+        match=rf"agents\.judge\.remote\.url: {url} does not answer \(.*[Rr]efused.*\); start the server",
+    ):
         RemoteEngine(Endpoint(where="agents.judge.remote", url=url, model="m")).probe()
     assert time.monotonic() - clock < 2
 

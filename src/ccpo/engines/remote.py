@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
 from http.client import HTTPException
@@ -131,11 +132,12 @@ class RemoteEngine:
         stop = threading.Event()
         workers = min(self.endpoint.concurrency, len(requests))
         pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="ccpo-remote")
-        futures = {pool.submit(self._one, request, stop): place for place, request in enumerate(requests)}
+        futures = {pool.submit(self._ask, request, stop): place for place, request in enumerate(requests)}
         found: dict[int, Completion] = {}
         try:
             for future in as_completed(futures):
-                found[futures[future]] = future.result()
+                with suppress(_Stopped):  # the one that failed for good is still to come
+                    found[futures[future]] = future.result()
         except BaseException as error:
             stop.set()
             if not isinstance(error, BudgetSpent):
@@ -145,6 +147,15 @@ class RemoteEngine:
             pool.shutdown(wait=True, cancel_futures=True)
             self._client.close()
         return [found[place] for place in range(len(requests))]
+
+    def _ask(self, request: Request, stop: threading.Event) -> Completion:
+        try:
+            return self._one(request, stop)
+        except _Stopped:
+            raise
+        except BaseException:
+            stop.set()
+            raise
 
     def _one(self, request: Request, stop: threading.Event) -> Completion:
         body = json.dumps(self._body(request)).encode()
