@@ -11,6 +11,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from ccpo import credit as credit_rules
 from ccpo.config import Part, RunConfig
+from ccpo.engines.vllm import COOLEST, HOTTEST
 from ccpo.errors import UserError, nearest
 from ccpo.explain import explain
 from ccpo.imports import load_object
@@ -175,8 +176,32 @@ def _check_settings(config: RunConfig, team: Team | PlayTeam) -> None:
             f"advantage 'maxrl' divides by a success rate, and credit {config.credit.kind!r} can be negative; use it with credit "
             "'shared' or 'own', or set credit: {kind: auto, scale: mean}"
         )
+    if config.model.engine == "vllm":
+        _check_vllm(config, team)
     if config.loss.kl != "none" and config.loss.kl_coef == 0:
         raise UserError(f"loss.kl is {config.loss.kl!r} but loss.kl_coef is 0; give it a weight, or set loss.kl: none")
+
+
+def _check_vllm(config: RunConfig, team: Team | PlayTeam) -> None:
+    """What vLLM's log-probs and its range of temperatures do not allow."""
+    for name in team.agent_names:
+        sampling = _sampling(config, name)
+        at = f"agents.{name}" if name in config.agents else "rollout"
+        if not is_remote(config, name) and not _frozen(config, name) and (sampling.top_p < 1 or sampling.top_k):
+            raise UserError(
+                f"{at}.top_p and .top_k: agent {name!r} is trained on samples that are cut (top_p {sampling.top_p:g}, top_k {sampling.top_k}), "
+                "and vLLM's log-probs are those after the cut; set top_p: 1 and top_k: 0, or model.engine: native"
+            )
+        if sampling.temperature and not COOLEST <= sampling.temperature <= HOTTEST:
+            raise UserError(
+                f"{at}.temperature: it is {sampling.temperature:g}; vLLM takes 0 and {COOLEST:g} to {HOTTEST:g}"
+            )
+    if config.model.vllm.url is not None and config.model.sharing == "separate" and len(team.agent_names) > 1:
+        models = {config.agents[a].model for a in team.agent_names if a in config.agents}
+        if len(models - {None, config.model.path}):
+            raise UserError(
+                "model.vllm.url: a server has one model, and the agents have several; give them one, or set model.vllm.url: null"
+            )
 
 
 def _check_remotes(config: RunConfig, team: Team | PlayTeam) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ccpo.errors import UserError, nearest
 from ccpo.explain import explain
 from ccpo.plain_yaml import parse_yaml, read_mapping
-from ccpo.sections import RemoteSection, Section
+from ccpo.sections import RemoteSection, Section, VllmSection
 
 Share = Annotated[float, Field(ge=0, le=1)]
 UNLIMITED = 1_000_000  # steps of a run that only its budget of tokens ends
@@ -69,7 +69,8 @@ class ModelSection(Section):
     compute: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="dtype of matrix products in the update"
     )
-    engine: Literal["auto", "native", "transformers"] = "auto"
+    engine: Literal["auto", "native", "transformers", "vllm"] = "auto"
+    vllm: VllmSection = VllmSection()
     decode: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the decoder")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False

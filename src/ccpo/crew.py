@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from ccpo.build import Setup, is_remote
 from ccpo.config import RunConfig
 from ccpo.engines import make_engine
+from ccpo.engines.vllm import Hosts, VllmSettings, check_installed
+from ccpo.engines.vllm_server import ServerHost
 from ccpo.errors import UserError
 from ccpo.learner import Learner, Policy, PolicySpec, freeze_copy, load_policies
 from ccpo.remotes import Remotes
@@ -41,6 +44,7 @@ class Crew:
             gradient_checkpointing=model.gradient_checkpointing and train,
             trust_remote_code=model.trust_remote_code,
         )
+        self.hosts = _hosts(config, setup, len(specs)) if model.engine == "vllm" else None
         self.engines = {name: self._engine(policy) for name, policy in self.policies.items()}
         self._loaded = {name: policy.version for name, policy in self.policies.items()}
         self.frozen_voices: dict[str, Voice] = self._frozen() if config.rollout.removal == "frozen" and train else {}
@@ -48,6 +52,8 @@ class Crew:
 
     def _engine(self, policy: Policy) -> Any:
         config = self.setup.config
+        if self.hosts is not None:
+            return self.hosts.engine(policy.model, policy.tokenizer, policy.adapter)
         return make_engine(
             policy.model,
             policy.tokenizer,
@@ -88,6 +94,11 @@ class Crew:
             )
         return voices
 
+    def rest(self) -> None:
+        """Nobody speaks until the next refresh: what decoding holds of the device's memory goes to the learner."""
+        if self.hosts is not None:
+            self.hosts.rest()
+
     def refresh(self, *, everything: bool = False) -> None:
         """Hand the weights that an update changed to their engines."""
         for name, policy in self.policies.items():
@@ -102,7 +113,33 @@ def pick_device(config: RunConfig) -> torch.device:
         raise UserError(
             "run.device is 'cuda', but torch sees no CUDA device here; set run.device: auto, or install a CUDA build of torch"
         )
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+    device = torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+    if config.model.engine == "vllm":
+        check_installed(device.type)
+    return device
+
+
+def _hosts(config: RunConfig, setup: Setup, policies: int) -> Hosts:
+    """The vLLM instances that the policies will speak through. Under removal by ``frozen`` each adapter has a copy as it was at the start."""
+    model, sizes = config.model, [s.max_tokens for s in setup.samplings.values()]
+    lora = model.sharing == "lora"
+    settings = VllmSettings(
+        memory=model.vllm.memory,
+        sleep=model.vllm.sleep,
+        eager=model.vllm.eager,
+        length=config.rollout.max_prompt_tokens + max([*sizes, getattr(setup.rule, "max_tokens", 0)]),
+        dtype="bfloat16" if model.decode == "auto" else model.decode,
+        adapters=policies * (2 if config.rollout.removal == "frozen" else 1) if lora else 0,
+        rank=model.lora.rank if lora else 0,
+        trust_remote_code=model.trust_remote_code,
+    )
+    if model.vllm.url is None:
+        return Hosts(settings)
+    server = model.vllm
+    return Hosts(
+        settings,
+        partial(ServerHost, url=server.url, port=server.port, concurrency=server.concurrency, timeout=server.timeout),
+    )
 
 
 def policy_specs(setup: Setup, paths: Mapping[str, str]) -> list[PolicySpec]:

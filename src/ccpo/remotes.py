@@ -10,6 +10,7 @@ from typing import Any
 from ccpo.config import RunConfig
 from ccpo.engines.http import Secret
 from ccpo.engines.remote import Endpoint, RemoteEngine
+from ccpo.engines.vllm_server import reach_server
 from ccpo.learner.loading import load_tokenizer
 from ccpo.teams import ChatReader
 from ccpo.teams.reader import reader_of
@@ -76,7 +77,9 @@ class Remotes:
 
 
 def reach(config: RunConfig, agents: tuple[str, ...]) -> None:
-    """Find out, before anything expensive starts, that every key is set and every endpoint answers. Raises UserError."""
+    """Find out, before anything expensive starts, that every key is set, and that every endpoint and vLLM server answers. Raises UserError."""
+    if config.model.engine == "vllm" and config.model.vllm.url is not None:
+        reach_server(config.model.vllm.url)
     Remotes(config, agents).probe()
 
 

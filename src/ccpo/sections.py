@@ -1,4 +1,4 @@
-"""What every section of a recipe is, and the sections of agents behind an endpoint."""
+"""What every section of a recipe is, and the sections of vLLM and of agents behind an endpoint."""
 
 from __future__ import annotations
 
@@ -20,6 +20,27 @@ class Section(BaseModel):
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError("Input should not be true or false (YAML reads yes, no, on and off so; quote them)")
         return value
+
+
+class VllmSection(Section):
+    """How ``model.engine: vllm`` runs."""
+
+    memory: float = Field(0.45, gt=0, lt=1, description="share of the GPU's memory that vLLM takes")
+    sleep: bool = Field(True, description="give that memory to the learner during updates")
+    eager: bool = Field(False, description="no CUDA graphs: less memory, slower")
+    url: str | None = Field(
+        None, description="a vLLM server on devices of its own, without /v1; null: within this process"
+    )
+    port: int = Field(51216, ge=1, le=65535, description="where the server's workers meet the learner to get weights")
+    concurrency: int = Field(256, ge=1, le=4096, description="requests at once to the server")
+    timeout: float = Field(600.0, gt=0, le=86_400, description="seconds for one request to the server")
+
+    @model_validator(mode="after")
+    def _usable(self) -> VllmSection:
+        wrong = check_url(self.url) if self.url is not None else None
+        if wrong:
+            raise ValueError(f"url cannot be used: {wrong}")
+        return self
 
 
 class RemoteSection(Section):

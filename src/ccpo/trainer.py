@@ -145,6 +145,7 @@ class Trainer:
             played, outputs, advantage, by_turn, self.payroll.solo(outputs), self.config.optim.minibatches
         )
         credit_seconds = time.monotonic() - started
+        self.crew.rest()
         stats = self.crew.learner.step(rows, step=self.step, failure_folder=self.folder.failure, spent=self._spent)
         started = time.monotonic()
         self.crew.refresh()

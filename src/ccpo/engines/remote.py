@@ -13,13 +13,13 @@ import ssl
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from email.utils import parsedate_to_datetime
+from functools import partial
 from http.client import HTTPException
 from typing import Any
 
+from ccpo.engines.fan_out import Stopped, fan_out
 from ccpo.engines.http import HttpClient, Reply, Secret, Trouble, quoted
 from ccpo.engines.replies import Said, model_names, read_reply
 from ccpo.errors import EndpointFailure, EndpointRefusal, nearest
@@ -65,10 +65,6 @@ class Spent:
 
 class BudgetSpent(EndpointFailure):
     """The endpoint's budget of tokens is spent."""
-
-
-class _Stopped(Exception):
-    """Another request has failed for good: this one is not needed any more."""
 
 
 class RemoteEngine:
@@ -129,43 +125,25 @@ class RemoteEngine:
         (requests under way then are waited for, since they are paid), EndpointRefusal for what no retry can help. No thread is left."""
         if not requests:
             return []
-        stop = threading.Event()
-        workers = min(self.endpoint.concurrency, len(requests))
-        pool = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="ccpo-remote")
-        futures = {pool.submit(self._ask, request, stop): place for place, request in enumerate(requests)}
-        found: dict[int, Completion] = {}
+        calls = [partial(self._one, request) for request in requests]
         try:
-            for future in as_completed(futures):
-                with suppress(_Stopped):  # the one that failed for good is still to come
-                    found[futures[future]] = future.result()
-        except BaseException as error:
-            stop.set()
-            if not isinstance(error, BudgetSpent):
-                self._client.abort()
-            raise
+            return fan_out(calls, self.endpoint.concurrency, self._give_up)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
             self._client.close()
-        return [found[place] for place in range(len(requests))]
 
-    def _ask(self, request: Request, stop: threading.Event) -> Completion:
-        try:
-            return self._one(request, stop)
-        except _Stopped:
-            raise
-        except BaseException:
-            stop.set()
-            raise
+    def _give_up(self, error: BaseException) -> None:
+        if not isinstance(error, BudgetSpent):
+            self._client.abort()
 
     def _one(self, request: Request, stop: threading.Event) -> Completion:
         body = json.dumps(self._body(request)).encode()
         why, asked = "", None
         for attempt in range(self.endpoint.retries + 1):
             if attempt and stop.wait(self._pause(attempt, asked)):
-                raise _Stopped
+                raise Stopped
             self._check_budget()
             if stop.is_set():
-                raise _Stopped
+                raise Stopped
             with self._lock:
                 self.spent.requests += 1
                 self.spent.retries += attempt > 0
