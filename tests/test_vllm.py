@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -383,6 +384,51 @@ def test_a_team_is_trained_through_vllm(tmp_path, sharing):
     ccpo.resume(tmp_path / "cut", steps=2)
     assert same(weights(tmp_path / "run", 2), weights(tmp_path / "cut", 2))
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+def script():
+    file = Path(__file__).parents[1] / "benchmarks" / "check_vllm.py"
+    spec = importlib.util.spec_from_file_location("check_vllm", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_team_is_trained_through_a_server(tmp_path, folders):
+    with serving_vllm(folders["a"], length=256) as server:
+        data = recipe(tmp_path / "run", model={"path": folders["a"], "vllm": {"url": server.url}}, trainer={"steps": 1})
+        data |= {"eval": {"problems": 2, "ablations": False}, "credit": {"kind": "shared"}}
+        data["rollout"] |= {"truncated": "keep"}
+        del data["task"]
+        ccpo.train(data, task=script().PAID_BY_LENGTH)
+    (line,) = metrics(tmp_path / "run")
+    assert line["actor/thinker/mismatch_max"] < 1e-3
+    assert line["actor/solver/mismatch_max"] < 1e-3
+    assert server.calls.count("/finish_weight_update") == 6  # thinker and solver: before the step, in it, after it
+    assert LLM.made == []
+
+
+@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_script_for_a_real_gpu_runs_on_the_stand_in(tmp_path, capsys, lora):
+    path = str(tmp_path / "model")
+    tiny_model(max_position_embeddings=2048).save_pretrained(path)
+    TOKENIZER.save_pretrained(path)
+    options = [path, "--dtype", "float32", "--tokens", "4", *(["--lora"] if lora else [])]
+    check = script()
+    assert check.main(options) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert set(report["logprobs"]) == {
+        "as loaded",
+        "after an update",
+        "the other policy",
+        "back again",
+        "greedy",
+        "cool",
+    }
+    assert max(v["max"] for v in report["logprobs"].values()) < 1e-3
+    assert len(report["steps"]) == 2
+    assert not check.agrees({"x": {"mean": 0.2}}, [{"mismatch_mean": 0.0}], 0.1)
+    assert not check.agrees({"x": {"mean": float("nan")}}, [], 0.1)
 
 
 def test_a_recipe_that_vllm_cannot_serve_is_refused(tmp_path, monkeypatch):

@@ -248,7 +248,9 @@ class ColocatedHost:
             self._asleep = True
 
     def close(self) -> None:
+        """Let go of the instance and its share of the device's memory."""
         self._adapters.close()
+        self.llm = self._holder = None
 
     def _lora(self, engine: VllmEngine) -> Any:
         if engine.adapter is None:
@@ -273,7 +275,7 @@ class Adapters:
 
     def __init__(self, settings: VllmSettings) -> None:
         self.current: dict[str, Version] = {}
-        self._folder = Path(tempfile.mkdtemp(prefix="ccpo-lora-")) if settings.adapters else None
+        self._place = tempfile.TemporaryDirectory(prefix="ccpo-lora-") if settings.adapters else None
         self._count = 0
 
     def hold(self, engine: VllmEngine) -> tuple[Version, Version | None]:
@@ -282,18 +284,18 @@ class Adapters:
         if not engine.stale and before is not None:
             return before, before
         self._count += 1
-        folder = self._folder / str(self._count)
+        folder = Path(self._place.name) / str(self._count)
         engine.model.save_pretrained(str(folder), selected_adapters=[engine.adapter])
         (config,) = folder.rglob("adapter_config.json")
         fresh = Version(name=f"{engine.adapter}#{self._count}", number=self._count, path=str(config.parent))
         self.current[engine.adapter] = fresh
         if before is not None:
-            shutil.rmtree(self._folder / str(before.number), ignore_errors=True)
+            shutil.rmtree(Path(self._place.name) / str(before.number), ignore_errors=True)
         return fresh, before
 
     def close(self) -> None:
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._place is not None:
+            self._place.cleanup()
 
 
 class Hosts:
