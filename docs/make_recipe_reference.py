@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic.fields import FieldInfo
 
-from ccpo.config import Part, RunConfig, Section, shipped_recipes
+from ccpo.config import Part, RunConfig, shipped_recipes
 from ccpo.credit import RULES
+from ccpo.sections import Section
 from ccpo.tasks import TASKS
 from ccpo.teams import TEAMS
 
@@ -27,7 +28,10 @@ MEANINGS = {
     "run": "where the run goes and what makes it repeatable",
     "model": "the weights that the agents speak with, and in what precision",
     "bootstrap": "the tiny base model that stands in for a pretrained one (`model.path: bootstrap`)",
-    "agents": "overrides by agent; what is absent comes from `model`, `optim` and `rollout`",
+    "agents": (
+        "overrides by agent; what is absent comes from `model`, `optim` and `rollout`. With `remote`, an endpoint speaks for it: "
+        "[scaling](scaling.md#remote-agents)"
+    ),
     "team": "who speaks, in what order, and how the answer is made: [teams](teams.md)",
     "task": "problems and their verifier: [data](data.md)",
     "eval": "how the team is judged before, during and after training",
@@ -47,7 +51,7 @@ MEANINGS = {
     "model.lora.alpha": "scale: the adapter counts `alpha / rank`",
     "model.lora.dropout": "within the adapter, in the update only",
     "model.lora.targets": "the layers that get an adapter",
-    "model.engine": "what decodes; `auto`: native for the Qwen2, Qwen3 and Llama families, else transformers",
+    "model.engine": "what decodes; `auto`: native for the Qwen2, Qwen3 and Llama families, else transformers; `vllm`: [scaling](scaling.md#vllm)",
     "model.attention": "`auto`: eager on a CPU, the model's best elsewhere",
     "model.shard": "with several processes: weights, gradients and optimiser state in shards over them (FSDP2)",
     "model.offload": "with `shard`: keep the shards in the CPU's memory",
@@ -173,7 +177,7 @@ HEADER = ("key", "value", "default", "meaning")
 def keys(section: type[Section], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
     """The keys of a section and of those inside it, with their paths."""
     for name, field in section.model_fields.items():
-        inner = field.annotation if isinstance(field.annotation, type) else None
+        inner = next((a for a in (field.annotation, *get_args(field.annotation)) if isinstance(a, type)), None)
         if inner is not None and issubclass(inner, Section):
             yield from keys(inner, f"{prefix}.{name}")
         else:
@@ -187,7 +191,7 @@ def _model_in(annotation: Any) -> type | None:
 
 
 def _row(path: str, field: FieldInfo) -> tuple[str, str, str, str]:
-    default = field.get_default(call_default_factory=True)
+    default = "required" if field.is_required() else f"`{_plain(field.get_default(call_default_factory=True))}`"
     bounds = _bounds(field.metadata)
     inside = [a for a in get_args(field.annotation) if a is not type(None)]
     optional = get_origin(field.annotation) in (Union, types.UnionType) and len(inside) == 1
@@ -195,7 +199,7 @@ def _row(path: str, field: FieldInfo) -> tuple[str, str, str, str]:
     return (
         f"`{path}`",
         kind + (" or null" if optional else ""),
-        f"`{_plain(default)}`",
+        default,
         field.description or MEANINGS[path],
     )
 

@@ -27,7 +27,9 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "comm": ({"errors"}, TORCH),
     "plain_yaml": ({"errors"}, {"yaml"}),
     "explain": ({"errors"}, {"pydantic"}),
-    "config": ({"errors", "explain", "plain_yaml"}, {"pydantic", "yaml"}),
+    "addresses": (set(), set()),
+    "sections": ({"addresses"}, {"pydantic"}),
+    "config": ({"errors", "explain", "plain_yaml", "sections"}, {"pydantic", "yaml"}),
     "schedule": ({"errors"}, set()),
     "runfolder": ({"errors"}, set()),
     "loggers": ({"errors"}, TORCH),
@@ -58,6 +60,7 @@ TOP = {
     "launch",
     "pay",
     "planner",
+    "remotes",
     "runs",
     "trainer",
 }

@@ -11,13 +11,14 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from ccpo import credit as credit_rules
 from ccpo.config import Part, RunConfig
+from ccpo.engines.vllm import COOLEST, HOTTEST
 from ccpo.errors import UserError, nearest
 from ccpo.explain import explain
 from ccpo.imports import load_object
 from ccpo.rollout import AskRatings, Limits, Sampling, plant
 from ccpo.schedule import ProblemSampler, Schedule
 from ccpo.tasks import TASKS, ProceduralTask, Task, limited
-from ccpo.teams import TEAMS, PlayTeam, Team, check_raters
+from ccpo.teams import TEAMS, PlayTeam, Team, Weighted, check_raters
 from ccpo.types import Removal
 
 
@@ -86,6 +87,7 @@ def prepare(
     rule = credit or build_part(credit_rules.RULES, config.credit, "credit")
     _check_agents(config, team)
     _check_settings(config, team)
+    _check_remotes(config, team)
     _check_process(config, team, task)
     if ratings_of(rule) is not None:
         check_raters(team, ratings_of(rule).prompt)
@@ -174,8 +176,65 @@ def _check_settings(config: RunConfig, team: Team | PlayTeam) -> None:
             f"advantage 'maxrl' divides by a success rate, and credit {config.credit.kind!r} can be negative; use it with credit "
             "'shared' or 'own', or set credit: {kind: auto, scale: mean}"
         )
+    if config.model.engine == "vllm":
+        _check_vllm(config, team)
     if config.loss.kl != "none" and config.loss.kl_coef == 0:
         raise UserError(f"loss.kl is {config.loss.kl!r} but loss.kl_coef is 0; give it a weight, or set loss.kl: none")
+
+
+def _check_vllm(config: RunConfig, team: Team | PlayTeam) -> None:
+    """What vLLM's log-probs and its range of temperatures do not allow."""
+    for name in team.agent_names:
+        sampling = _sampling(config, name)
+        at = f"agents.{name}" if name in config.agents else "rollout"
+        if not is_remote(config, name) and not _frozen(config, name) and (sampling.top_p < 1 or sampling.top_k):
+            raise UserError(
+                f"{at}.top_p and .top_k: agent {name!r} is trained on samples that are cut (top_p {sampling.top_p:g}, top_k {sampling.top_k}), "
+                "and vLLM's log-probs are those after the cut; set top_p: 1 and top_k: 0, or model.engine: native"
+            )
+        if sampling.temperature and not COOLEST <= sampling.temperature <= HOTTEST:
+            raise UserError(
+                f"{at}.temperature: it is {sampling.temperature:g}; vLLM takes 0 and {COOLEST:g} to {HOTTEST:g}"
+            )
+    if config.model.vllm.url is not None and config.model.sharing == "separate" and len(team.agent_names) > 1:
+        models = {config.agents[a].model for a in team.agent_names if a in config.agents}
+        if len(models - {None, config.model.path}):
+            raise UserError(
+                "model.vllm.url: a server has one model, and the agents have several; give them one, or set model.vllm.url: null"
+            )
+
+
+def _check_remotes(config: RunConfig, team: Team | PlayTeam) -> None:
+    """What an agent behind an endpoint cannot do: be sampled by top-k, weigh its ballot by log-probs, be the whole team."""
+    remote = [name for name in team.agent_names if is_remote(config, name)]
+    for name in remote:
+        top_k = _sampling(config, name).top_k
+        if top_k:
+            raise UserError(
+                f"agents.{name}.top_k: it is {top_k}, and chat completions know no top-k; set agents.{name}.top_k: 0 (and, where the "
+                f"endpoint knows it, agents.{name}.remote.extra: {{top_k: {top_k}}})"
+            )
+        if _weighs(team, name):
+            raise UserError(
+                f"agents.{name}.remote: the decision 'weighted' weighs ballots by log-probs, and an endpoint shows none; use "
+                "decision 'majority'"
+            )
+    if remote and len(remote) == len(team.agent_names):
+        raise UserError(
+            f"agents: all of team {team.name!r} ({', '.join(remote)}) are behind endpoints (remote), so nothing can be trained; give at "
+            "least one a model"
+        )
+    if config.trainer.first in remote:
+        raise UserError(
+            f"trainer.first: agent {config.trainer.first!r} is behind an endpoint (remote) and cannot be trained; name another"
+        )
+
+
+def _weighs(team: Team | PlayTeam, agent: str) -> bool:
+    """Whether the decision weighs what ``agent`` says by its log-probs."""
+    if not isinstance(team, Team) or not isinstance(team.decision, Weighted):
+        return False
+    return any(team.turn(turn).agent == agent for turn in team.decision.reads)
 
 
 def _check_process(config: RunConfig, team: Team | PlayTeam, task: Task) -> None:
@@ -194,8 +253,15 @@ def _frozen(config: RunConfig, agent: str) -> bool:
     return agent in config.agents and config.agents[agent].frozen
 
 
+def is_remote(config: RunConfig, agent: str) -> bool:
+    """Whether an agent speaks through an endpoint."""
+    return agent in config.agents and config.agents[agent].remote is not None
+
+
 def _policy(config: RunConfig, team: Team | PlayTeam, agent: str) -> str:
-    """The name of the policy an agent speaks with: its own, its team's shared one, or the run's single one."""
+    """The name of the policy an agent speaks with: its own, its team's shared one, or the run's single one; an endpoint's has an @."""
+    if is_remote(config, agent):
+        return f"{agent}@remote"
     if config.model.sharing == "shared":
         return "shared"
     return team.agent(agent).policy or agent

@@ -12,25 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ccpo.errors import UserError, nearest
 from ccpo.explain import explain
 from ccpo.plain_yaml import parse_yaml, read_mapping
+from ccpo.sections import RemoteSection, Section, VllmSection
 
 Share = Annotated[float, Field(ge=0, le=1)]
 UNLIMITED = 1_000_000  # steps of a run that only its budget of tokens ends
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("Input should not be true or false (YAML reads yes, no, on and off so; quote them)")
-        return value
 
 
 class Part(BaseModel):
@@ -79,7 +69,8 @@ class ModelSection(Section):
     compute: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="dtype of matrix products in the update"
     )
-    engine: Literal["auto", "native", "transformers"] = "auto"
+    engine: Literal["auto", "native", "transformers", "vllm"] = "auto"
+    vllm: VllmSection = VllmSection()
     decode: Literal["auto", "float32", "bfloat16"] = Field("auto", description="dtype of the decoder")
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False
@@ -134,6 +125,23 @@ class AgentSection(Section):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     stop: list[str] | None = None
+    remote: RemoteSection | None = Field(None, description="an endpoint that speaks for it, and is not trained")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _remote_is_frozen(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or value.get("remote") is None:
+            return value
+        for name in ("model", "lr"):
+            if value.get(name) is not None:
+                raise ValueError(
+                    f"{name} is set, but an agent behind an endpoint (remote) has none; remove one of the two"
+                )
+        if value.get("frozen") is False:
+            raise ValueError(
+                "frozen is false, but an agent behind an endpoint (remote) cannot be trained; remove one of the two"
+            )
+        return {**value, "frozen": True}
 
 
 class SamplingSection(Section):
@@ -153,7 +161,7 @@ class RolloutSection(Section):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0)
-    stop: list[str] = []
+    stop: list[str] = Field([])
     max_tokens: int = Field(256, ge=1)
     max_prompt_tokens: int = Field(4096, ge=1)
     max_message_tokens: int | None = Field(None, ge=1, description="cap on one message, by the reader's tokenizer")
@@ -257,7 +265,7 @@ class RunConfig(Section):
     run: RunSection = RunSection()
     model: ModelSection = ModelSection()
     bootstrap: BootstrapSection = BootstrapSection()
-    agents: dict[str, AgentSection] = {}
+    agents: dict[str, AgentSection] = Field({})
     team: Part = Part(kind="think_solve")
     task: Part | None = None
     eval: EvalSection = EvalSection()

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from ccpo.build import Setup
+from ccpo.build import Setup, is_remote
 from ccpo.comm import Comm
 from ccpo.config import RunConfig
 from ccpo.engines import make_engine
 from ccpo.engines.sharded import ShardedEngine
+from ccpo.engines.vllm import Hosts, VllmSettings, check_installed
+from ccpo.engines.vllm_server import ServerHost
 from ccpo.errors import UserError
 from ccpo.families import unsupported
 from ccpo.learner import Learner, Policy, PolicySpec, freeze_copy, load_policies
 from ccpo.learner.logprobs import compute_dtype
 from ccpo.learner.sharding import shard
+from ccpo.remotes import Remotes
 from ccpo.rollout import Voice
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,12 +29,14 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 class Crew:
     """Policies by name, the voice of each agent, the frozen voices of removal by ``frozen``, and the learner (None where only evaluating).
-    ``comm``: the ranks that decode and learn together; all begin with rank 0's weights."""
+    ``comm``: the ranks that decode and learn together; all begin with rank 0's weights. Agents behind endpoints have a voice and no policy."""
 
     def __init__(self, setup: Setup, paths: Mapping[str, str], *, train: bool = True, comm: Comm | None = None) -> None:
         config = setup.config
         self.setup, self.comm = setup, comm or Comm()
         self.device = pick_device(config)
+        self.remotes = Remotes(config, setup.team.agent_names)
+        self._readers = self.remotes.readers()
         specs = policy_specs(setup, paths)
         check_sharding(config)
         model = config.model
@@ -46,6 +52,7 @@ class Crew:
                 trust_remote_code=model.trust_remote_code,
             )
         )
+        self.hosts = _hosts(config, setup, len(specs)) if model.engine == "vllm" else None
         for policy in self.policies.values():
             self.comm.copy([p.detach() for p in policy.model.parameters()])
         if model.shard and self.comm.size > 1 and train:
@@ -60,6 +67,8 @@ class Crew:
 
     def _engine(self, policy: Policy) -> Any:
         config = self.setup.config
+        if self.hosts is not None:
+            return self.hosts.engine(policy.model, policy.tokenizer, policy.adapter)
         engine = make_engine(
             policy.model,
             policy.tokenizer,
@@ -72,14 +81,24 @@ class Crew:
 
     def _frozen(self) -> dict[str, Voice]:
         """The policies as they are at the start, under names of their own."""
-        voices = self.voices()
+        voices = {a: v for a, v in self.voices().items() if a not in self.remotes.engines}
         engines = {name: self._engine(freeze_copy(policy)) for name, policy in self.policies.items()}
-        return {a: replace(v, policy=f"{v.policy}@start", engine=engines[v.policy]) for a, v in voices.items()}
+        frozen = {a: replace(v, policy=f"{v.policy}@start", engine=engines[v.policy]) for a, v in voices.items()}
+        return {**self.voices(), **frozen}  # an endpoint is what it was at the start
 
     def voices(self) -> dict[str, Voice]:
         """The voice of each agent, at its policy's present version."""
         voices = {}
         for agent, name in self.setup.policy_of.items():
+            if agent in self.remotes.engines:
+                voices[agent] = Voice(
+                    agent=agent,
+                    policy=name,
+                    engine=self.remotes.engines[agent],
+                    tokenizer=self._readers[agent],
+                    sampling=self.setup.samplings[agent],
+                )
+                continue
             policy = self.policies[name]
             voices[agent] = Voice(
                 agent=agent,
@@ -90,6 +109,11 @@ class Crew:
                 version=policy.version,
             )
         return voices
+
+    def rest(self) -> None:
+        """Nobody speaks until the next refresh: what decoding holds of the device's memory goes to the learner."""
+        if self.hosts is not None:
+            self.hosts.rest()
 
     def refresh(self, *, everything: bool = False) -> None:
         """Hand the weights that an update changed to their engines."""
@@ -105,7 +129,33 @@ def pick_device(config: RunConfig) -> torch.device:
         raise UserError(
             "run.device is 'cuda', but torch sees no CUDA device here; set run.device: auto, or install a CUDA build of torch"
         )
-    return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+    device = torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
+    if config.model.engine == "vllm":
+        check_installed(device.type)
+    return device
+
+
+def _hosts(config: RunConfig, setup: Setup, policies: int) -> Hosts:
+    """The vLLM instances that the policies will speak through. Under removal by ``frozen`` each adapter has a copy as it was at the start."""
+    model, sizes = config.model, [s.max_tokens for s in setup.samplings.values()]
+    lora = model.sharing == "lora"
+    settings = VllmSettings(
+        memory=model.vllm.memory,
+        sleep=model.vllm.sleep,
+        eager=model.vllm.eager,
+        length=config.rollout.max_prompt_tokens + max([*sizes, getattr(setup.rule, "max_tokens", 0)]),
+        dtype="bfloat16" if model.decode == "auto" else model.decode,
+        adapters=policies * (2 if config.rollout.removal == "frozen" else 1) if lora else 0,
+        rank=model.lora.rank if lora else 0,
+        trust_remote_code=model.trust_remote_code,
+    )
+    if model.vllm.url is None:
+        return Hosts(settings)
+    server = model.vllm
+    return Hosts(
+        settings,
+        partial(ServerHost, url=server.url, port=server.port, concurrency=server.concurrency, timeout=server.timeout),
+    )
 
 
 def check_sharding(config: RunConfig) -> None:
@@ -126,11 +176,12 @@ def check_sharding(config: RunConfig) -> None:
 
 
 def policy_specs(setup: Setup, paths: Mapping[str, str]) -> list[PolicySpec]:
-    """What to load: one spec a policy, with the agents that speak with it."""
+    """What to load: one spec a policy, with the agents that speak with it; none for an agent behind an endpoint."""
     config = setup.config
     specs = []
-    for name in dict.fromkeys(setup.policy_of.values()):
-        agents = tuple(a for a, policy in setup.policy_of.items() if policy == name)
+    local = {a: policy for a, policy in setup.policy_of.items() if not is_remote(config, a)}
+    for name in dict.fromkeys(local.values()):
+        agents = tuple(a for a, policy in local.items() if policy == name)
         own = {a: config.agents[a] for a in agents if a in config.agents}
         rates = {s.lr for s in own.values() if s.lr is not None}
         if len({paths[a] for a in agents}) > 1 or len(rates) > 1:

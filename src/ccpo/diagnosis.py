@@ -19,6 +19,7 @@ from ccpo.errors import UserError
 from ccpo.learner.logprobs import compute_dtype
 from ccpo.learner.objective import Objective
 from ccpo.pay import Payroll
+from ccpo.remotes import reach
 from ccpo.rollout import Voice
 from ccpo.runfolder import RunFolder
 from ccpo.runs import Reporter, load_crew, model_paths, open_setup
@@ -66,6 +67,7 @@ def load_subject(setup: Setup, folder: RunFolder | None, note: Note = lambda tex
     reporter = Reporter()
     reporter.note = note
     if folder is None:
+        reach(config, setup.team.agent_names)
         crew = Crew(setup, model_paths(setup, reporter)[0], train=False)
     else:
         crew, _ = load_crew(setup, folder)

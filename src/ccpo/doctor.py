@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ccpo.engines.vllm import WRITTEN_AGAINST
 from ccpo.engines.weights import native_dtype
 
 NEEDED = {
@@ -61,8 +62,19 @@ def diagnose(console: Console | None = None) -> bool:
     engines = Table(title="Engines", box=None, show_header=False)
     engines.add_row("native", "Qwen2, Qwen3, Llama families")
     engines.add_row("transformers", "every other causal language model")
+    engines.add_row("vllm", _vllm())
+    engines.add_row("remote", "agents behind an OpenAI-compatible endpoint: agents.NAME.remote")
     console.print(engines)
     return complete
+
+
+def _vllm() -> str:
+    """Whether model.engine: vllm would run here."""
+    found = _version("vllm")
+    if found is None:
+        return "not installed; pip install 'ccpo\\[vllm]' on a machine with CUDA"
+    where = "" if torch.cuda.is_available() else "; it needs a GPU, and there is none here"
+    return f"{found} (the adapter was written against {WRITTEN_AGAINST}){where}"
 
 
 def _version(module: str) -> str | None:

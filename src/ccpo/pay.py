@@ -32,10 +32,7 @@ class Payroll:
         """What the policy loss multiplies the agent's log-probabilities with, ``[P, N]``; 0 where it said nothing."""
         P, N = credit_PN.shape
         tokens_PN = torch.tensor(
-            [
-                [sum(len(t.completion.token_ids) for t in r.turns if t.agent == agent) for r in g.rollouts]
-                for g in played.groups
-            ]
+            [[sum(t.completion.tokens for t in r.turns if t.agent == agent) for r in g.rollouts] for g in played.groups]
         )
         if self.estimator == "reinforce++" and self.skip_flat:
             # whitening would move the zero credit of groups that the rule leaves out
@@ -161,7 +158,7 @@ def turn_lengths(played: Played) -> dict[str, float]:
     cut: dict[str, list[bool]] = {}
     for group in played.groups:
         for turn in distinct_turns(group.rollouts):
-            lengths.setdefault(turn.agent, []).append(len(turn.completion.token_ids))
+            lengths.setdefault(turn.agent, []).append(turn.completion.tokens)
             cut.setdefault(turn.agent, []).append(turn.completion.finish == "length")
     return {f"completions/{a}/mean_length": sum(v) / len(v) for a, v in lengths.items()} | {
         f"completions/{a}/clipped_ratio": sum(v) / len(v) for a, v in cut.items()

@@ -60,5 +60,5 @@ def _costs(team: Team, played: Played) -> list[float]:
     for group in played.groups:
         turns = {id(turn): turn for rollout in group.rollouts for turn in rollout.turns}
         for turn in turns.values():
-            length.setdefault(turn.name, []).append(len(turn.completion.token_ids))
+            length.setdefault(turn.name, []).append(turn.completion.tokens)
     return [sum(sum(length[t.name]) / len(length[t.name]) for t in level) for level in team.levels]

@@ -1,7 +1,7 @@
 """A run's folder: what is in it, and that nothing in it is lost or overwritten unasked.
 
 ``recipe.json`` the whole configuration · ``metrics.jsonl`` a line a step · ``episodes/`` every rollout · ``checkpoints/`` ·
-``evaluations.jsonl`` · ``summary.json`` at the end.
+``evaluations.jsonl`` · ``remotes.json`` what endpoints have cost · ``summary.json`` at the end.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class RunFolder:
         self.episodes = self.path / "episodes"
         self.checkpoints = self.path / "checkpoints"
         self.summary = self.path / "summary.json"
+        self.remotes = self.path / "remotes.json"
         self.failure = self.path / "failure"
 
     def create(self, *, overwrite: bool) -> None:

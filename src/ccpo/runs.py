@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ccpo.bootstrap import bootstrap
-from ccpo.build import Setup, prepare
+from ccpo.build import Setup, is_remote, prepare
 from ccpo.comm import Comm, connect
 from ccpo.config import RunConfig, load_recipe
 from ccpo.crew import Crew, pick_device
@@ -22,6 +22,7 @@ from ccpo.errors import UserError
 from ccpo.evaluate import headline
 from ccpo.learner import find_checkpoint, verify_checkpoint
 from ccpo.loggers import Sinks, make_sinks
+from ccpo.remotes import reach
 from ccpo.runfolder import RunFolder, read_json
 from ccpo.tasks.sharded import ShardedTask
 from ccpo.trainer import Trainer
@@ -72,7 +73,8 @@ def train(
 
         def begin() -> Setup:
             setup = prepare(config, **objects)
-            enough_problems(config, comm.size)
+            check_ranks(config, comm.size)
+            reach(config, setup.team.agent_names)
             folder.create(overwrite=config.run.overwrite)
             given = {name: repr(value) for name, value in objects.items() if value is not None}
             made = {"config": config.model_dump(), "objects": given, "made_with": versions(), "command": sys.argv}
@@ -96,7 +98,8 @@ def resume(
     objects = {"team": team, "task": task, "tests": tests, "credit": credit}
     setup = open_setup(RunFolder(run), steps=steps, **objects)
     with connect(cuda=pick_device(setup.config).type == "cuda") as comm:
-        comm.together(lambda: enough_problems(setup.config, comm.size))
+        comm.together(lambda: check_ranks(setup.config, comm.size))
+        comm.together(lambda: reach(setup.config, setup.team.agent_names))
         return _train(comm, setup, RunFolder(run, writes=comm.first), reporter, resumed=True)
 
 
@@ -220,7 +223,7 @@ def check_launch(source: str | Path, overrides: Sequence[str], ranks: int, *, he
     config = load_recipe(source, overrides) if fresh else open_setup(RunFolder(source)).config
     if fresh:
         prepare(config)
-    enough_problems(config, ranks)
+    check_ranks(config, ranks)
     if here and pick_device(config).type == "cuda" and ranks > torch.cuda.device_count():
         raise UserError(
             f"--launch asks for {ranks} processes, one for each GPU, but this machine has {torch.cuda.device_count()}; ask for fewer"
@@ -230,8 +233,13 @@ def check_launch(source: str | Path, overrides: Sequence[str], ranks: int, *, he
     return config
 
 
-def enough_problems(config: RunConfig, ranks: int) -> None:
-    """Raises UserError for more ranks than a step has problems."""
+def check_ranks(config: RunConfig, ranks: int) -> None:
+    """Raises UserError for more ranks than a step has problems, and for what only one process can do."""
+    if ranks > 1:
+        remote = next((a for a, section in config.agents.items() if section.remote), None)
+        alone = f"agents.{remote}.remote" if remote else "model.engine: vllm" if config.model.engine == "vllm" else None
+        if alone is not None:
+            raise UserError(f"{alone} goes with one process so far, and there are {ranks}; leave --launch out")
     prompts = config.rollout.prompts
     if ranks > prompts:
         raise UserError(
@@ -246,6 +254,7 @@ def model_paths(setup: Setup, reporter: Reporter) -> tuple[dict[str, str], float
     wanted = {
         name: (config.agents[name].model if name in config.agents and config.agents[name].model else config.model.path)
         for name in setup.team.agent_names
+        if not is_remote(config, name)
     }
     if "bootstrap" not in wanted.values():
         return wanted, 0.0
@@ -278,8 +287,10 @@ def load_crew(setup: Setup, folder: RunFolder) -> tuple[Crew, Path]:
     if checkpoint is None:
         raise UserError(f"{folder.path} has no checkpoint yet; train it first (ccpo train --resume {folder.path})")
     verify_checkpoint(checkpoint)
+    reach(setup.config, setup.team.agent_names)
     return Crew(setup, checkpoint_paths(setup, checkpoint), train=False), checkpoint
 
 
 def checkpoint_paths(setup: Setup, checkpoint: Path) -> dict[str, str]:
-    return {agent: str(checkpoint / "policies" / policy) for agent, policy in setup.policy_of.items()}
+    local = {a: policy for a, policy in setup.policy_of.items() if not is_remote(setup.config, a)}
+    return {agent: str(checkpoint / "policies" / policy) for agent, policy in local.items()}

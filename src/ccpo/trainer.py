@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from ccpo import credit as credit_rules
 from ccpo.build import Setup, ratings_of
 from ccpo.crew import Crew
+from ccpo.errors import EndpointTrouble
 from ccpo.evaluate import Exam, evaluate, headline
 from ccpo.learner import load_checkpoint, save_checkpoint
 from ccpo.learner.sharding import gather_states
@@ -18,7 +20,7 @@ from ccpo.loggers import Sinks
 from ccpo.pay import Payroll, credit_inputs, lists, training_rows, turn_lengths
 from ccpo.planner import Planner
 from ccpo.rollout import Ask, CounterfactualCache, Played, Rater, play_team, rating_report, write_episodes
-from ccpo.runfolder import RunFolder
+from ccpo.runfolder import RunFolder, read_json, write_json
 from ccpo.schedule import ProblemSampler
 
 KINDS = ("joint", "counterfactual", "rating")
@@ -51,6 +53,8 @@ class Trainer:
         self.state: dict[str, Any] = setup.rule.start()
         self.totals = {**dict.fromkeys(KINDS, 0), "seconds": 0.0}
         self.ratings = ratings_of(setup.rule)
+        if crew.remotes and folder.remotes.exists():
+            crew.remotes.load(read_json(folder.remotes))
         if self.ratings is not None:
             Rater(team=setup.team, voices=crew.voices(), limits=setup.limits, ask=self.ratings).check()
         self.step = 0
@@ -59,23 +63,44 @@ class Trainer:
     # --- the whole run -----------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
-        """Train to the last step. Returns False where a signal ended it early; the step in hand is finished and saved first."""
+        """Train to the last step. Returns False where a signal ended it early; the step in hand is finished and saved first.
+
+        Raises EndpointTrouble where an agent behind an endpoint cannot speak any more, with all finished steps saved.
+        """
         trainer = self.config.trainer
         with _Signals(self):
             stopped = False
             while not self.done and not stopped:
                 spent = self.tokens
-                metrics = self.train_step()
+                with self._saved_on_trouble():
+                    metrics = self.train_step()
                 done = self.done
+                trouble: EndpointTrouble | None = None
                 stopped = self.crew.comm.any(self.stopping is not None)
                 if self._examines(spent) and not done:
-                    metrics |= self.evaluate_now(self.config.eval.during, ablations=False)
+                    try:
+                        metrics |= self.evaluate_now(self.config.eval.during, ablations=False)
+                    except EndpointTrouble as error:
+                        trouble = error
                 self.folder.append(self.folder.metrics, {"step": self.step, **metrics})
                 self.sinks.write(self.step, metrics)
                 self.progress(self.step, metrics)
+                if trouble is not None:
+                    with self._saved_on_trouble():
+                        raise trouble
                 if done or stopped or (trainer.save_every and self.step % trainer.save_every == 0):
                     self.save()
         return self.done
+
+    @contextmanager
+    def _saved_on_trouble(self) -> Iterator[None]:
+        """Save the state of all finished steps when an endpoint gives up, and say how to go on."""
+        try:
+            yield
+        except EndpointTrouble as error:
+            self.save()
+            way = f"step {self.step} is saved: correct that in {self.folder.recipe} or at the endpoint, then ccpo train --resume"
+            raise type(error)(f"{error}. {way} {self.folder.path}") from None
 
     @property
     def tokens(self) -> int:
@@ -105,7 +130,10 @@ class Trainer:
         clock = time.monotonic()
         active = self.setup.schedule.active(self.step)
         problems = [self.setup.task[i] for i in self.sampler.indices(self.step)]
-        played = self.play(problems, active)
+        try:
+            played = self.play(problems, active)
+        finally:
+            self._keep_costs()
         planned = self._plan_ahead(played)
         inputs = credit_inputs(self.setup.team, active, played)
         started = time.monotonic()
@@ -121,6 +149,7 @@ class Trainer:
             played, outputs, advantage, by_turn, self.payroll.solo(outputs), self.config.optim.minibatches
         )
         credit_seconds = time.monotonic() - started
+        self.crew.rest()
         stats = self.crew.learner.step(rows, step=self.step, failure_folder=self.folder.failure, spent=self._spent)
         started = time.monotonic()
         self.crew.refresh()
@@ -140,6 +169,7 @@ class Trainer:
             | rating_report(played.groups)
             | planned
             | self.cache.report()
+            | self.crew.remotes.metrics()
             | stats.metrics
             | self._costs(
                 played, clock, {"credit": credit_seconds, "update": stats.seconds, "refresh": refresh_seconds}
@@ -213,10 +243,18 @@ class Trainer:
             ablations=ablations,
             seed=self.config.run.seed,
         )
-        reports = evaluate(self.setup.team, self.setup.tests, self.crew.voices(), self.setup.limits, exam)
+        try:
+            reports = evaluate(self.setup.team, self.setup.tests, self.crew.voices(), self.setup.limits, exam)
+        finally:
+            self._keep_costs()
         self.folder.append(self.folder.evaluations, {"step": self.step, "tokens": self.tokens, "reports": reports})
         flat = headline(reports, self.setup.team, "after")
         return {f"eval/{name.removesuffix('_after')}": value for name, value in flat.items()}
+
+    def _keep_costs(self) -> None:
+        """Write down what endpoints have cost: a run that is resumed goes on counting, also what came after its checkpoint."""
+        if self.crew.remotes:
+            write_json(self.folder.remotes, self.crew.remotes.spent())
 
     def save(self) -> None:
         state = {

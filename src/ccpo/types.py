@@ -29,6 +29,9 @@ from torch import Tensor
 Coalition = tuple[str, ...]
 """Names of the agents that are removed together, sorted; ``("thinker",)`` is the team without its thinker."""
 
+Message = tuple[str, str]
+"""A message of a chat: its role ("system", "user") and its text."""
+
 
 class FinishReason(StrEnum):
     """How a completion came to its end."""
@@ -79,7 +82,8 @@ class Verdict:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """One completion to sample. The sample depends on ``seed`` and the prompt alone, not on what is batched with it
-    (up to rounding). ``temperature=0`` is greedy; ``top_k=0`` and ``top_p=1`` cut nothing."""
+    (up to rounding). ``temperature=0`` is greedy; ``top_k=0`` and ``top_p=1`` cut nothing. An agent behind an endpoint is
+    asked in ``messages``, and has no ``prompt_ids``; every other one the other way round."""
 
     prompt_ids: tuple[int, ...]
     seed: int
@@ -88,18 +92,26 @@ class Request:
     top_p: float = 1.0
     top_k: int = 0
     stop: tuple[str, ...] = ()
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What an engine sampled. ``logprobs[i]`` is the log-probability of ``token_ids[i]`` under the softmax of
     logits/temperature *before* top-p and top-k cut it (at temperature 0: under the plain softmax). The end token, when
-    there is one, is the last id; ``text`` has neither it nor the stop string."""
+    there is one, is the last id; ``text`` has neither it nor the stop string. An endpoint shows no tokens: then both are
+    empty, and ``counted`` is how many it says that there were."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     text: str
     finish: FinishReason
+    counted: int | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were generated."""
+        return len(self.token_ids) if self.counted is None else self.counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -81,7 +81,7 @@ def coefficients(objective: Objective, rows: Sequence[TrainRow]) -> Tensor:
 def tokens_of(needs: frozenset[Coalition], played: Played) -> int:
     """Generated tokens that a rule's batch costs: the joint rollouts and the counterfactuals that it asks for."""
     counterfactual = sum(
-        len(turn.completion.token_ids)
+        turn.completion.tokens
         for group in played.groups
         for play in group.counterfactuals
         if play.removed in needs

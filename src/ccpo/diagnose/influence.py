@@ -59,11 +59,13 @@ def _edge(subject: Subject, groups: Sequence[Group], speaker: str, spec: TurnSpe
     pairs, problem_of = [], []
     for p, group in enumerate(groups):
         for rollout in group.rollouts:
+            if not rollout.turn(spec.name).prompt_ids:
+                continue  # an endpoint's: nobody sees its distributions
             row = row_of(rollout.turn(spec.name), 0.0, 0)
             if row.token_ids:
                 pairs.append((row, replace(row, prompt_ids=_prompt(subject, group.problem, rollout, spec, speaker))))
                 problem_of.append(p)
-    columns = _compare(subject, spec.agent, pairs)
+    columns = _compare(subject, spec.agent, pairs) if pairs else torch.zeros(3, 0, dtype=torch.float64)
     distance, kl, shift = (_over_problems(column, problem_of) for column in columns)
     return Edge(speaker=speaker, reader=spec.name, distance=distance, kl=kl, shift=shift)
 
@@ -108,7 +110,7 @@ def _compare(subject: Subject, agent: str, pairs: Sequence[tuple[TrainRow, Train
         )
         tokens_B = mask_BT.sum(1)
         parts.append(torch.stack([torch.where(mask_BT, v, 0.0).sum(1) / tokens_B for v in values]).cpu())
-    return torch.cat(parts, dim=1) if parts else torch.zeros(3, 0, dtype=torch.float64)
+    return torch.cat(parts, dim=1)
 
 
 def _over_problems(value_B: Tensor, problem_of: Sequence[int]) -> Estimate:

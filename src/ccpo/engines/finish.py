@@ -52,12 +52,13 @@ def complete(
     if bool(probs_TB.isnan().any()):
         raise RunFailure("the model's logits are not finite, so nothing can be sampled; its weights have diverged.")
     rows = zip(requests, tokens_TB.t().tolist(), probs_TB.log().t().tolist(), strict=True)
-    return [_complete(request, ids, logprobs, ends, decode) for request, ids, logprobs in rows]
+    return [complete_row(request, ids, logprobs, ends, decode) for request, ids, logprobs in rows]
 
 
-def _complete(
+def complete_row(
     request: Request, token_ids: list[int], logprobs: list[float], ends: Sequence[int], decode: Decode
 ) -> Completion:
+    """One request's completion, cut where it ends."""
     token_ids = token_ids[: request.max_tokens]
     spoken = min((token_ids.index(end) for end in ends if end in token_ids), default=len(token_ids))
     ended = spoken < len(token_ids)

@@ -152,6 +152,8 @@ def _turn(turn: Turn, tokens: bool) -> dict[str, Any]:
         record["prompt_ids"] = list(turn.prompt_ids)
         record["token_ids"] = list(turn.completion.token_ids)
         record["logprobs"] = [round(x, 6) for x in turn.completion.logprobs]
+    if turn.completion.counted is not None:
+        record["counted_tokens"] = turn.completion.counted
     return record
 
 
@@ -181,6 +183,7 @@ def _read_turn(record: Mapping[str, Any]) -> Turn:
             logprobs=tuple(record.get("logprobs", ())),
             text=record["text"],
             finish=FinishReason(record["finish"]),
+            counted=record.get("counted_tokens"),
         ),
         message=record["message"],
         cut_tokens=record["cut_tokens"],

@@ -170,6 +170,7 @@ class PlayWalker:
                 requests.append(
                     Request(
                         prompt_ids=prompt.ids,
+                        messages=prompt.messages,
                         seed=seed_of(
                             seed,
                             step,
@@ -248,9 +249,7 @@ class PlayWalker:
             for slot, problem in enumerate(problems)
         )
         spoken = {"joint": joint, "counterfactual": every[len(joint) :]}
-        tokens = {
-            kind: sum(len(t.completion.token_ids) for s in stages for t in s.fresh) for kind, stages in spoken.items()
-        }
+        tokens = {kind: sum(t.completion.tokens for s in stages for t in s.fresh) for kind, stages in spoken.items()}
         return Played(
             groups=groups,
             reward_PN=torch.tensor([s.reward for s in joint]).reshape(P, N),

@@ -105,7 +105,7 @@ class Rater:
                 cut_tokens=wish.prompt.cut_tokens,
                 temperature=wish.request.temperature,
             )
-            tokens.update(rating=len(completion.token_ids), prefill=len(wish.prompt.ids), cut=wish.prompt.cut_tokens)
+            tokens.update(rating=completion.tokens, prefill=len(wish.prompt.ids), cut=wish.prompt.cut_tokens)
         rated = tuple(
             replace(
                 group,
@@ -131,10 +131,11 @@ class Rater:
             prompt = self._render(voice, spec, problem, rollout, values)
         except PromptTooLong:
             return None
-        if not prompt.ids:  # a prompt of characters that the tokenizer does not have
+        if not prompt.tokens:  # a prompt of characters that the tokenizer does not have
             return None
         request = Request(
             prompt_ids=prompt.ids,
+            messages=prompt.messages,
             seed=seed_of(seed, step, problem.id, problem.text, "rating", agent, n),
             max_tokens=self.ask.max_tokens,
             temperature=voice.sampling.temperature,
@@ -211,7 +212,7 @@ def rating_report(groups: Sequence[Group]) -> dict[str, float]:
     said = [rating.turn.completion for rating in ratings if rating.turn is not None]
     found = {"rating/asked": len(said) / len(ratings)}
     if said:
-        found["rating/mean_length"] = sum(len(c.token_ids) for c in said) / len(said)
+        found["rating/mean_length"] = sum(c.tokens for c in said) / len(said)
         found["rating/clipped_ratio"] = sum(c.finish is FinishReason.LENGTH for c in said) / len(said)
     return found
 

@@ -41,7 +41,11 @@ def replay_turn(
     for number, (problem, rollout) in enumerate(plays):
         key = (
             problem.id,
-            *((t.name, t.completion.token_ids) for t in rollout.turns if plan.fates[t.name] is Fate.KEEP),
+            *(
+                (t.name, t.completion.token_ids, t.completion.text)
+                for t in rollout.turns
+                if plan.fates[t.name] is Fate.KEEP
+            ),
         )
         if key not in first:
             first[key] = len(lanes)

@@ -150,6 +150,7 @@ class Walker:
         requests = [
             Request(
                 prompt_ids=prompt.ids,
+                messages=prompt.messages,
                 seed=seed_of(
                     seed, step, lane.problem.id, lane.problem.text, spec.name, *lane.removed, lane.rollout, lane.draw
                 ),
@@ -309,7 +310,7 @@ def _count_tokens(joint: Sequence[Lane], counterfactual: Sequence[Lane]) -> dict
     counts: Counter[str] = Counter(joint=0, counterfactual=0, prefill=0, cut=0)
     for kind, lanes in (("joint", joint), ("counterfactual", counterfactual)):
         for turn in {id(turn): turn for lane in lanes for turn in lane.spoken.values()}.values():
-            counts[kind] += len(turn.completion.token_ids)
+            counts[kind] += turn.completion.tokens
             counts["prefill"] += len(turn.prompt_ids)
             counts["cut"] += turn.cut_tokens
     return dict(counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ccpo.teams.boxed import strip_boxed
-from ccpo.teams.chat import Prompt, PromptTooLong, render_prompt
+from ccpo.teams.chat import PromptTooLong, render_prompt
 from ccpo.teams.decisions import (
     DECISIONS,
     Ballot,
@@ -19,6 +19,7 @@ from ccpo.teams.decisions import (
     Weighted,
 )
 from ccpo.teams.graph import Agent, Team, TurnSpec
+from ccpo.teams.messages import ChatReader, Prompt
 from ccpo.teams.plan import Fate, Plan
 from ccpo.teams.play import PlayTeam, Speak
 from ccpo.teams.rating import check_raters, rating_turn, speakers
@@ -44,6 +45,7 @@ __all__ = [
     "TEAMS",
     "Agent",
     "Ballot",
+    "ChatReader",
     "Decided",
     "Decision",
     "Fate",

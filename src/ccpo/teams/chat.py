@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ccpo.errors import UserError
 from ccpo.teams.graph import TurnSpec
+from ccpo.teams.messages import ChatReader, Prompt
 from ccpo.teams.reader import Reader, reader_of, scatter
 from ccpo.teams.templates import Values
 
 
 class PromptTooLong(UserError):
     """A prompt that is over its budget without any message."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A prompt as text and as tokens; ``cut_tokens`` counts the tokens that messages lost to fit."""
-
-    text: str
-    ids: tuple[int, ...]
-    cut_tokens: int
 
 
 def render_prompt(
@@ -36,7 +28,7 @@ def render_prompt(
     keep_tail: bool = False,
 ) -> Prompt:
     """The prompt of ``turn``: its template with ``values``, the system prompt, the tokenizer's chat template where it
-    has one.
+    has one. A :class:`~ccpo.teams.messages.ChatReader` in the tokenizer's place gives messages.
 
     Messages longer than ``max_message_tokens`` are cut to it, and while the prompt is longer than ``budget`` tokens the
     longest messages are cut further, evenly, keeping their heads (or tails). The problem is never cut. Nothing in
@@ -57,7 +49,7 @@ def render_prompt(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
     turn: TurnSpec
-    reader: Reader
+    reader: Reader | ChatReader
     system: str | None
     budget: int
     cap: int | None
@@ -68,18 +60,18 @@ class _Job:
         messages = [name for name in self.turn.reads if shown.get(name)]
         if self.cap is not None:
             cut += self._cut_to(self.cap, shown, messages)
-        text, ids = self._prompt(shown)
-        while len(ids) > self.budget:
+        prompt = self._prompt(shown)
+        while prompt.tokens > self.budget:
             lengths = [self.reader.length(shown[name]) for name in messages]
             if not any(lengths):
                 raise PromptTooLong(
-                    f"the prompt of turn {self.turn.name!r} has {len(ids)} tokens without any message, and the "
+                    f"the prompt of turn {self.turn.name!r} has {prompt.tokens} tokens without any message, and the "
                     f"budget is {self.budget}; "
                     "raise rollout.max_prompt_tokens, shorten the template or leave out such long problems"
                 )
-            cut += self._cut_to(_level(lengths, len(ids) - self.budget), shown, messages)
-            text, ids = self._prompt(shown)
-        return Prompt(text=text, ids=ids, cut_tokens=cut)
+            cut += self._cut_to(_level(lengths, prompt.tokens - self.budget), shown, messages)
+            prompt = self._prompt(shown)
+        return replace(prompt, cut_tokens=cut) if cut else prompt
 
     def expected_marks(self, values: Values) -> tuple[int, ...]:
         """The special tokens that the frame and the template bring themselves."""
@@ -90,12 +82,11 @@ class _Job:
             if len(known) >= 1024:
                 known.clear()
             bare = {name: None if text is None else "x" for name, text in values.items()}
-            known[key] = self.reader.marks(self._prompt(bare)[1])
+            known[key] = self.reader.marks(self._prompt(bare).ids)
         return known[key]
 
-    def _prompt(self, values: Values) -> tuple[str, tuple[int, ...]]:
-        text = self.reader.frame(self.turn.render(values), self.system)
-        return text, self.reader.ids(text)
+    def _prompt(self, values: Values) -> Prompt:
+        return self.reader.prompt(self.turn.render(values), self.system)
 
     def _cut_to(self, limit: int, shown: dict[str, str | None], messages: Collection[str]) -> int:
         """Cut ``messages`` in ``shown`` to ``limit`` tokens each; returns the number of tokens cut."""

@@ -9,12 +9,16 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ccpo.errors import UserError
+from ccpo.teams.messages import ChatReader, Prompt
 
 _readers: WeakKeyDictionary[Any, Reader] = WeakKeyDictionary()
 
 
-def reader_of(tokenizer: Any) -> Reader:
-    """The :class:`Reader` of a Hugging Face tokenizer, made once for each chat template that it is given."""
+def reader_of(tokenizer: Any) -> Reader | ChatReader:
+    """The :class:`Reader` of a Hugging Face tokenizer, made once for each chat template that it is given; a :class:`ChatReader`
+    is one already."""
+    if isinstance(tokenizer, ChatReader):
+        return tokenizer
     known = _readers.get(tokenizer)
     if known is None or known.template != getattr(tokenizer, "chat_template", None):
         known = _readers[tokenizer] = Reader(tokenizer)
@@ -51,6 +55,12 @@ class Reader:
         if system:
             user = f"{system}\n\n{user}"
         return _apply(self.tokenizer, [{"role": "user", "content": user}]) if self.chat else user
+
+    def prompt(self, user: str, system: str | None) -> Prompt:
+        """The framed prompt and its tokens."""
+        text = self.frame(user, system)
+        ids = self.ids(text)
+        return Prompt(text=text, ids=ids, tokens=len(ids))
 
     def ids(self, prompt: str) -> tuple[int, ...]:
         """Token ids of a framed prompt; a plain one begins with the token that the tokenizer begins texts with."""
