@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ccpo.alarms import Alarm
 from ccpo.bootstrap import bootstrap
 from ccpo.build import Setup, prepare
 from ccpo.config import RunConfig, load_recipe
@@ -22,6 +23,7 @@ from ccpo.evaluate import headline
 from ccpo.learner import find_checkpoint, verify_checkpoint
 from ccpo.loggers import make_sinks
 from ccpo.runfolder import RunFolder, read_json, write_json
+from ccpo.teams import describe
 from ccpo.trainer import Trainer
 
 
@@ -33,6 +35,9 @@ class Reporter:
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """A step is done."""
+
+    def alarm(self, step: int, alarm: Alarm) -> None:
+        """Something is going wrong. Told once in a run for each alarm and agent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +75,14 @@ def train(
         k: repr(v) for k, v in {"team": team, "task": task, "tests": tests, "credit": credit}.items() if v is not None
     }
     write_json(
-        folder.recipe, {"config": config.model_dump(), "objects": objects, "made_with": versions(), "command": sys.argv}
+        folder.recipe,
+        {
+            "config": config.model_dump(),
+            "team": describe(setup.team),
+            "objects": objects,
+            "made_with": versions(),
+            "command": sys.argv,
+        },
     )
     return _train(setup, folder, reporter or Reporter(), checkpoint=None)
 
@@ -129,7 +141,9 @@ def _train(setup: Setup, folder: RunFolder, reporter: Reporter, *, checkpoint: P
         config=config.model_dump(),
     )
     show = reporter.step if config.log.progress else Reporter().step
-    trainer = Trainer(setup, crew, folder, sinks, lambda step, metrics: show(step, config.trainer.steps, metrics))
+    trainer = Trainer(
+        setup, crew, folder, sinks, lambda step, metrics: show(step, config.trainer.steps, metrics), reporter.alarm
+    )
     if checkpoint is not None:
         reporter.note(f"going on from {checkpoint.name}")
         trainer.load(checkpoint)
