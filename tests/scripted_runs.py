@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ccpo.tasks import ListTask, Task, exact_verdict
 from ccpo.teams import PlayTeam, Team, describe, think_solve, voting
 from ccpo.trainer import Trainer
 from ccpo.types import Problem
-from scripted import ScriptedEngine, voices
+from scripted import ScriptedEngine, by_agent, voices
 
 PAIR = think_solve(prompts={"thinker": "thinker: {problem}", "solver": "solver: {problem}[[ | {thinker}]]"})
 VOTERS = voting(3, prompts={f"voter{i}": f"voter{i}: {{problem}}" for i in (1, 2, 3)})
@@ -104,10 +105,29 @@ def write_recipe(run: RunFolder, setup: Setup) -> None:
 
 def chance(seed: int, *what: Any) -> float:
     """A number in [0, 1) that depends on the arguments alone."""
-    import random
-
     return random.Random(f"{seed}/{what}").random()
 
 
 def names(alarms: Sequence[Mapping[str, Any]]) -> set[str]:
     return {alarm["name"] for alarm in alarms}
+
+
+HINTS = "yes yes go", "no no stop"
+
+
+def hinting(prompt: str, seed: int) -> str:
+    """A thinker that is right in 70% of the cases."""
+    return f"I think of it as {HINTS[0] if chance(seed, 'hint') < 0.7 else HINTS[1]}"
+
+
+def following(prompt: str, seed: int) -> str:
+    """A solver that needs its thinker: 90% right after a right hint, 10% otherwise."""
+    return "yes" if chance(seed, "follow") < (0.9 if HINTS[0] in prompt else 0.1) else "no"
+
+
+def voter(right: float):
+    return lambda prompt, seed: "yes" if chance(seed, prompt) < right else "no"
+
+
+HEALTHY = by_agent({"thinker": hinting, "solver": following})
+HEALTHY_VOTE = by_agent({f"voter{i}": voter(0.7) for i in (1, 2, 3)})

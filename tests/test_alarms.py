@@ -17,29 +17,23 @@ from ccpo.tasks import exact_verdict
 from ccpo.teams import chain, describe, think_solve, voting
 from ccpo.types import Verdict
 from scripted import ScriptedEngine, by_agent, exact_task, pick, problem, voice, voices
-from scripted_runs import PAIR, VOTERS, chance, names, scripted_run, task_of
-
-HINTS = "yes yes go", "no no stop"
-
-
-def hinting(prompt: str, seed: int) -> str:
-    """A thinker that is right in 70% of the cases."""
-    return f"I think of it as {HINTS[0] if chance(seed, 'hint') < 0.7 else HINTS[1]}"
-
-
-def following(prompt: str, seed: int) -> str:
-    """A solver that needs its thinker: 90% right after a right hint, 10% otherwise."""
-    return "yes" if chance(seed, "follow") < (0.9 if HINTS[0] in prompt else 0.1) else "no"
-
-
-def voter(right: float):
-    return lambda prompt, seed: "yes" if chance(seed, prompt) < right else "no"
-
+from scripted_runs import (
+    HEALTHY,
+    HEALTHY_VOTE,
+    HINTS,
+    PAIR,
+    VOTERS,
+    chance,
+    following,
+    hinting,
+    names,
+    scripted_run,
+    task_of,
+    voter,
+)
 
 LONG = {"steps": 20, "rollout": {"prompts": 16, "samples": 8}}
 """Enough to say that an agent is worth nothing."""
-HEALTHY = by_agent({"thinker": hinting, "solver": following})
-HEALTHY_VOTE = by_agent({f"voter{i}": voter(0.7) for i in (1, 2, 3)})
 
 
 @pytest.fixture(scope="module")
@@ -314,9 +308,9 @@ def test_a_deviation_that_has_collapsed_explodes_credit(tmp_path):
     now = {"step": 0}
 
     def late(prompt, seed):
-        return "yes" if now["step"] in (8, 18) and chance(seed, "late") < 0.05 else "no"
+        return "yes" if now["step"] in (1, 8, 15) and chance(seed, "late") < 0.05 else "no"
 
-    rule = {"kind": "ccpo_v1", "decay": 0.5}
+    rule = {"kind": "ccpo_v1", "decay": 0.3}
     keys = {"before_step": lambda step: now.update(step=step), "advantage": "none", "steps": 20}
     say = by_agent({"thinker": hinting, "solver": late})
     alarms = find_alarms(scripted_run(tmp_path / "run", PAIR, say, credit=rule, **keys))
