@@ -10,9 +10,10 @@ from typing import Any
 from ccpo.alarms import Alarm
 from ccpo.build import Setup, prepare
 from ccpo.config import load_recipe
+from ccpo.evaluate import Exam, evaluate
 from ccpo.learner.update import UpdateStats
 from ccpo.loggers import Sinks
-from ccpo.rollout import Voice
+from ccpo.rollout import Limits, Voice
 from ccpo.runfolder import RunFolder, write_json
 from ccpo.tasks import ListTask, Task, exact_verdict
 from ccpo.teams import PlayTeam, Team, describe, think_solve, voting
@@ -131,3 +132,11 @@ def voter(right: float):
 
 HEALTHY = by_agent({"thinker": hinting, "solver": following})
 HEALTHY_VOTE = by_agent({f"voter{i}": voter(0.7) for i in (1, 2, 3)})
+
+
+def examine(run: RunFolder, team: Team, say: Say, *, step: int, problems: int = 400, **exam: Any) -> None:
+    """An evaluation as the trainer logs it."""
+    engine = ScriptedEngine(say)
+    settings = Exam(problems=problems, temperature=1.0, seed=step, **exam)
+    reports = evaluate(team, {"heldout": task_of(problems)}, voices(team.agent_names, engine), Limits(), settings)
+    run.append(run.evaluations, {"step": step, "tokens": 0, "reports": reports})

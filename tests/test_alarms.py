@@ -10,7 +10,6 @@ import pytest
 from ccpo.alarms import ALARMS, Moments, Shape, Watch, find_alarms
 from ccpo.alarms.texts import copied_from, folded, forbids_answer, gives_away, says_nothing, stated_answers
 from ccpo.errors import UserError
-from ccpo.evaluate import Exam, evaluate
 from ccpo.rollout import Limits, ballots_of, read_episodes, reproduces
 from ccpo.runfolder import RunFolder
 from ccpo.tasks import exact_verdict
@@ -24,6 +23,7 @@ from scripted_runs import (
     PAIR,
     VOTERS,
     chance,
+    examine,
     following,
     hinting,
     names,
@@ -94,14 +94,6 @@ def test_an_evaluation_tells_of_an_idle_thinker_where_training_plays_nothing_wit
     healthy = scripted_run(tmp_path / "healthy", PAIR, HEALTHY, credit={"kind": "shared"}, steps=1)
     examine(healthy, PAIR, HEALTHY, step=1)
     assert find_alarms(healthy) == []
-
-
-def examine(run: RunFolder, team, say, *, step: int, problems: int = 400) -> None:
-    """An evaluation as the trainer logs it."""
-    engine = ScriptedEngine(say)
-    exam = Exam(problems=problems, temperature=1.0, seed=step)
-    reports = evaluate(team, {"heldout": task_of(problems)}, voices(team.agent_names, engine), Limits(), exam)
-    run.append(run.evaluations, {"step": step, "tokens": 0, "reports": reports})
 
 
 def test_a_thinker_that_misleads_hurts(tmp_path):

@@ -1,4 +1,7 @@
-"""The command line: ``ccpo train | eval | diagnose | chat | compare | bench | doctor | recipes``. It parses, wires and prints; nothing imports it."""
+"""The command line: ``ccpo train | eval | diagnose | chat | compare | plot | bench | doctor | recipes``.
+
+It parses, wires and prints; nothing imports it.
+"""
 
 from __future__ import annotations
 
@@ -230,6 +233,18 @@ def compare(
     options = Options(folder=folder, results=results, page=page, report=report, listing=listing, only=only or ())
     if not run_study(study, options, settings) and not (listing or report):
         raise typer.Exit(1)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="runs' folders; those of one recipe are drawn together")],
+    kind: Annotated[str, typer.Option(help="curves, credit, lazy or frontier")],
+    out: Annotated[Path, typer.Option(help="the figure's file: .pdf, .svg or .png")],
+) -> None:
+    """Draw a figure of runs for a paper: vector, colour-blind safe, bands over seeds."""
+    from ccpo.plot import plot as draw
+
+    typer.echo(f"Figure: {draw(runs, kind, out)}")
 
 
 @app.command()

@@ -56,7 +56,8 @@ class Trainer:
             boxed_reward=config.rollout.boxed_reward,
         )
         self.planner = Planner(setup.team, config.rollout.samples) if setup.branch == "auto" else None
-        self.watch = Watch(Shape.of(describe(setup.team)), type(setup.rule).__name__)
+        shared = isinstance(setup.rule, credit_rules.SharedReward)
+        self.watch = Watch(Shape.of(describe(setup.team)), "shared" if shared else config.credit.kind)
         self.state: dict[str, Any] = setup.rule.start()
         self.totals = {**dict.fromkeys(KINDS, 0), "seconds": 0.0}
         self.ratings = ratings_of(setup.rule)
