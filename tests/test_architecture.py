@@ -36,6 +36,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "tasks": (PURE | BASE, None),
     "engines": (PURE | BASE | {"families"}, None),
     "rollout": (PURE | BASE | {"teams", "tasks", "engines"}, TORCH),
+    "alarms": (PURE | {"rollout", "runfolder"}, set()),
     "learner": (PURE | BASE | {"families", "losses"}, None),
     "diagnose": (
         PURE | {"credit", "learner", "losses", "pay", "planner", "rollout", "schedule", "tasks", "teams"},
@@ -57,6 +58,7 @@ TOP = {
     "launch",
     "pay",
     "planner",
+    "plot",
     "runs",
     "trainer",
 }
