@@ -39,6 +39,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "tasks": (PURE | BASE | {"comm"}, None),
     "engines": (PURE | BASE | {"comm", "families"}, None),
     "rollout": (PURE | BASE | {"teams", "tasks", "engines"}, TORCH),
+    "alarms": (PURE | {"rollout", "runfolder"}, set()),
     "learner": (PURE | BASE | {"comm", "families", "losses"}, None),
     "diagnose": (
         PURE | {"credit", "learner", "losses", "pay", "planner", "rollout", "schedule", "tasks", "teams"},
@@ -61,6 +62,7 @@ TOP = {
     "pay",
     "planner",
     "remotes",
+    "plot",
     "runs",
     "trainer",
 }

@@ -14,12 +14,15 @@ import ccpo
 from ccpo.build import prepare
 from ccpo.config import load_recipe
 from ccpo.diagnose import Effort
+from ccpo.diagnose.free_riding import Thoroughness
 from ccpo.diagnose.report import sentences, variance_tables
-from ccpo.diagnosis import contenders, variance
+from ccpo.diagnosis import contenders, free_riding, variance
 from ccpo.errors import UserError
 from test_docs import names
 
 torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
 
 TINY = {
     "run": {"name": "tiny", "seed": 3, "threads": 1},
@@ -193,3 +196,19 @@ def test_every_key_of_the_report_is_documented(report: dict):
     parts = [*report["baseline"].values(), *report["lemma"].values(), report["truth"], *report["influence"]]
     for part in parts:
         assert {key for key in part if f"`{key}`" not in text} == set()
+
+
+def test_a_run_keeps_what_its_agents_contribute(run: Path):
+    report = free_riding(run, effort=Thoroughness(problems=6, samples=2, replayed=2, replays=2))
+    assert report == json.loads((run / "free_riding.json").read_text())
+    assert (report["kind"], report["checkpoint"], report["data"]) == ("run", "step-000002", "heldout")
+    assert set(report["agents"]) == {"thinker", "solver"}
+    for figure in ("removal", "blank", "replay", "shapley"):
+        assert set(report["agents"]["thinker"][figure]) == {"mean", "low", "high", "problems", "needed"}
+    assert set(report) <= set(names((ROOT / "docs" / "free-riding.md").read_text(), "key"))
+
+
+def test_a_run_without_a_checkpoint_is_refused(run: Path, tmp_path: Path):
+    (tmp_path / "recipe.json").write_text((run / "recipe.json").read_text())
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        free_riding(tmp_path)

@@ -360,6 +360,7 @@ def test_every_metric_of_a_run_is_documented(run: Path):
     elsewhere |= {"seconds/rate"} | {f"credit/AGENT/{name}" for name in ("rating_valid", "rated_share", "self_praise")}
     # of auto, its planner, and process rewards
     elsewhere |= {f"credit/AGENT/TURN_{name}_weight" for name in ("siblings", "group", "removal")}
+    elsewhere |= {"alarm/NAME"}  # no alarm in two steps
     elsewhere |= {"credit/AGENT/process", "layout/levelL_texts", "layout/levelL_variance"}
     # of an agent behind an endpoint
     elsewhere |= {f"remote/AGENT/{name}" for name in ("requests", "retries", "tokens", "estimated_tokens")}

@@ -1,4 +1,7 @@
-"""The command line: ``ccpo train | eval | diagnose | chat | compare | bench | doctor | recipes``. It parses, wires and prints; nothing imports it."""
+"""The command line: ``ccpo train | eval | diagnose | chat | compare | plot | bench | doctor | recipes``.
+
+It parses, wires and prints; nothing imports it.
+"""
 
 from __future__ import annotations
 
@@ -144,6 +147,51 @@ def variance(
         typer.echo(f"Report: {json}")
 
 
+@diagnose.command("free-riding")
+def free_riding(
+    run: Annotated[Path, typer.Argument(metavar="RUN|EPISODES", help="a run's folder, or a file of logged episodes")],
+    problems: Annotated[int, typer.Option(min=2, help="held-out problems that a run's team is played on")] = 100,
+    samples: Annotated[int, typer.Option(min=1, help="joint rollouts of each")] = 4,
+    replayed: Annotated[int, typer.Option(min=0, help="of these problems, how many are replayed; 0: none")] = 16,
+    replays: Annotated[int, typer.Option(min=2, help="replays of each text")] = 16,
+    half_width: Annotated[float, typer.Option(help="the half-width that an interval is to have")] = 0.05,
+    data: Annotated[Path | None, typer.Option(help="a data file; default: the recipe's first data set")] = None,
+    json: Annotated[Path | None, typer.Option(help="write the report here")] = None,
+) -> None:
+    """What each agent contributes, by removal, blank messages, replays and Shapley values; who coasts."""
+    from ccpo.diagnose.free_riding import Thoroughness
+    from ccpo.diagnose.free_riding_report import free_riding_table
+    from ccpo.diagnosis import free_riding as measure
+    from ccpo.display import progress_note
+    from ccpo.runfolder import write_json
+    from ccpo.tasks import load_file
+
+    effort = Thoroughness(problems=problems, samples=samples, replayed=replayed, replays=replays, half_width=half_width)
+    with progress_note("loading") as note:
+        report = measure(run, data=load_file(data) if data is not None else None, effort=effort, note=note)
+    free_riding_table(report)
+    if json is not None:
+        write_json(json, report)
+        typer.echo(f"Report: {json}")
+
+
+@diagnose.command()
+def alarms(
+    run: Annotated[Path, typer.Argument(help="a run's folder")],
+    json: Annotated[Path | None, typer.Option(help="write the alarms here")] = None,
+) -> None:
+    """What is going wrong in a run, in words, with what to try."""
+    from ccpo.alarms import find_alarms
+    from ccpo.display import alarm_lines
+    from ccpo.runfolder import write_json
+
+    found = find_alarms(run)
+    alarm_lines(found)
+    if json is not None:
+        write_json(json, found)
+        typer.echo(f"Alarms: {json}")
+
+
 @app.command()
 def chat(
     run: Annotated[Path, typer.Argument(help="a run's folder")],
@@ -196,6 +244,18 @@ def compare(
     options = Options(folder=folder, results=results, page=page, report=report, listing=listing, only=only or ())
     if not run_study(study, options, settings) and not (listing or report):
         raise typer.Exit(1)
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(help="runs' folders; those of one recipe are drawn together")],
+    kind: Annotated[str, typer.Option(help="curves, credit, lazy or frontier")],
+    out: Annotated[Path, typer.Option(help="the figure's file: .pdf, .svg or .png")],
+) -> None:
+    """Draw a figure of runs for a paper: vector, colour-blind safe, bands over seeds."""
+    from ccpo.plot import plot as draw
+
+    typer.echo(f"Figure: {draw(runs, kind, out)}")
 
 
 @app.command()

@@ -15,14 +15,18 @@ from ccpo.config import Part, RunConfig, load_recipe
 from ccpo.credit.base import one_of
 from ccpo.crew import DTYPES, Crew, policy_loss
 from ccpo.diagnose import Contender, Effort, Subject, probe_variance
+from ccpo.diagnose.free_riding import Thoroughness, measure_free_riding
+from ccpo.diagnose.log_free_riding import free_riding_of_log
+from ccpo.diagnose.logged import read_log
 from ccpo.errors import UserError
 from ccpo.learner.logprobs import compute_dtype
 from ccpo.learner.objective import Objective
 from ccpo.pay import Payroll
 from ccpo.remotes import reach
 from ccpo.rollout import Voice
-from ccpo.runfolder import RunFolder
+from ccpo.runfolder import RunFolder, write_json
 from ccpo.runs import Reporter, load_crew, model_paths, open_setup
+from ccpo.tasks import Task
 from ccpo.teams import PlayTeam
 
 Note = Callable[[str], None]
@@ -49,6 +53,39 @@ def variance(
     setup, folder = open_source(source, overrides, **objects)
     rivals = contenders(setup, rules, advantage)
     return probe_variance(load_subject(setup, folder, note), rivals, effort or Effort(), note)
+
+
+def free_riding(
+    source: str | Path,
+    *,
+    data: Task | None = None,
+    effort: Thoroughness | None = None,
+    overrides: Sequence[str] = (),
+    note: Note = lambda text: None,
+    **objects: Any,
+) -> dict[str, Any]:
+    """What each agent contributes: of a run's folder, played on its held-out problems (or ``data``) with its newest weights, or of a file of
+    logged episodes, from what is in it. The report (``docs/free-riding.md``) of a run is also written to its ``free_riding.json``.
+
+    Raises UserError for what is neither, and for a log that cannot be read.
+    """
+    effort = effort or Thoroughness()
+    if Path(source).is_file():
+        return free_riding_of_log(read_log(Path(source)), effort.half_width)
+    if not Path(source).is_dir():
+        raise UserError(f"{source} is neither a run's folder nor a file of episodes")
+    folder = RunFolder(source)
+    setup = open_setup(folder, overrides=overrides, **objects)
+    if setup.config.run.threads is not None:
+        torch.set_num_threads(setup.config.run.threads)
+    crew, checkpoint = load_crew(setup, folder)
+    name, task = next(iter(setup.tests.items())) if data is None else (data.name, data)
+    report = measure_free_riding(
+        setup.team, task, crew.voices(), setup.limits, effort, seed=setup.config.run.seed, note=note
+    )
+    report = {**report, "source": str(folder.path), "checkpoint": checkpoint.name, "data": name}
+    write_json(folder.path / "free_riding.json", report)
+    return report
 
 
 def open_source(source: Source, overrides: Sequence[str] = (), **objects: Any) -> tuple[Setup, RunFolder | None]:

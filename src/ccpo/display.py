@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ccpo.alarms import Alarm, find_alarms
 from ccpo.runs import Reporter, Result
 from ccpo.types import Rollout
 
@@ -62,6 +63,9 @@ class TerminalReporter(Reporter):
         if step == total:
             self.bar.stop()
 
+    def alarm(self, step: int, alarm: Alarm) -> None:
+        show_alarm(self.console, alarm.to_json(), f"step {step}: ")
+
     def _due(self, every: float = 5.0) -> bool:
         now = time.monotonic()
         if now - self.last < every:
@@ -85,6 +89,7 @@ def tell_result(result: Result) -> None:
     """What a run came to, or how to go on with it."""
     if result.finished:
         before_after(result)
+        alarm_lines(find_alarms(result.folder))
     else:
         Console().print(
             f"Stopped and saved. Go on with: ccpo train --resume {result.folder}", soft_wrap=True, highlight=False
@@ -111,6 +116,23 @@ def before_after(result: Result) -> None:
     on_top = (extra + summary["tokens_rating"]) / max(1, joint)
     console.print(f"tokens: {joint:,} joint, {extra:,} counterfactual{rated} ({on_top:.0%} on top)", highlight=False)
     console.print(f"run: {escape(str(result.folder))}", highlight=False)
+
+
+def alarm_lines(alarms: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+    """The alarms of a run, each with what to try; one line where there are none."""
+    console = console or Console()
+    if not alarms:
+        console.print("alarms: none", highlight=False)
+    for alarm in alarms:
+        show_alarm(console, alarm)
+
+
+def show_alarm(console: Console, alarm: Mapping[str, Any], when: str = "") -> None:
+    style = "yellow" if alarm["level"] == "warn" else "cyan"
+    word = "Warning" if alarm["level"] == "warn" else "Note"
+    console.print(escape(f"{when}{word}: {alarm['title']} ({alarm['name']})"), style=style, highlight=False)
+    console.print(escape(f"  {alarm['what']}"), highlight=False)
+    console.print(escape(f"  Try: {alarm['try']}"), style="dim", highlight=False)
 
 
 def _words(stem: str) -> str:

@@ -14,7 +14,13 @@ from ccpo.errors import UserError
 log = logging.getLogger("ccpo")
 
 
+FAILURES = (Exception, SystemExit)
+"""Whatever a third party's logger raises, or calls to end the program, must not stop a run. An interrupt is the user's and passes."""
+
+
 class Sink(Protocol):
+    """Where metrics are copied to: a line of plain floats a step, and an end. A new one is a class and a line in :func:`make_sinks`."""
+
     def write(self, step: int, metrics: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
 
@@ -55,14 +61,14 @@ class Sinks:
         for name, make in sinks.items():
             try:
                 self.sinks[name] = make()
-            except Exception as error:  # a third party's logger: whatever it raises must not stop a run
+            except FAILURES as error:
                 log.warning("%s could not be started and is left out: %s", name, error)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, sink in list(self.sinks.items()):
             try:
                 sink.write(step, metrics)
-            except Exception as error:  # as above
+            except FAILURES as error:
                 log.warning("%s failed at step %d and is left out from here on: %s", name, step, error)
                 del self.sinks[name]
 
@@ -70,7 +76,7 @@ class Sinks:
         for name, sink in self.sinks.items():
             try:
                 sink.close()
-            except Exception as error:  # as above
+            except FAILURES as error:
                 log.warning("%s could not be closed: %s", name, error)
 
 

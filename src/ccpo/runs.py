@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ccpo.alarms import Alarm
 from ccpo.bootstrap import bootstrap
 from ccpo.build import Setup, is_remote, prepare
 from ccpo.comm import Comm, connect
@@ -25,6 +26,7 @@ from ccpo.loggers import Sinks, make_sinks
 from ccpo.remotes import reach
 from ccpo.runfolder import RunFolder, read_json
 from ccpo.tasks.sharded import ShardedTask
+from ccpo.teams import describe
 from ccpo.trainer import Trainer
 
 
@@ -36,6 +38,9 @@ class Reporter:
 
     def step(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """A step is done."""
+
+    def alarm(self, step: int, alarm: Alarm) -> None:
+        """Something is going wrong. Told once in a run for each alarm and agent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +82,13 @@ def train(
             reach(config, setup.team.agent_names)
             folder.create(overwrite=config.run.overwrite)
             given = {name: repr(value) for name, value in objects.items() if value is not None}
-            made = {"config": config.model_dump(), "objects": given, "made_with": versions(), "command": sys.argv}
+            made = {
+                "config": config.model_dump(),
+                "team": describe(setup.team),
+                "objects": given,
+                "made_with": versions(),
+                "command": sys.argv,
+            }
             folder.write(folder.recipe, made)
             return setup
 
@@ -151,7 +162,9 @@ def _train(comm: Comm, setup: Setup, folder: RunFolder, speaker: Reporter | None
         reporter.note("no eval.tasks: the team is judged on problems that it is trained on")
     sinks = _sinks(config, folder)
     show = reporter.step if config.log.progress else Reporter().step
-    trainer = Trainer(setup, crew, folder, sinks, lambda step, metrics: show(step, config.trainer.steps, metrics))
+    trainer = Trainer(
+        setup, crew, folder, sinks, lambda step, metrics: show(step, config.trainer.steps, metrics), reporter.alarm
+    )
     checkpoint = find_checkpoint(folder.path) if resumed and folder.checkpoints.is_dir() else None
     if checkpoint is not None:
         reporter.note(f"going on from {checkpoint.name}")

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ccpo import credit as credit_rules
+from ccpo.alarms import Alarm, Shape, Watch
 from ccpo.build import Setup, ratings_of
 from ccpo.crew import Crew
 from ccpo.errors import EndpointTrouble
@@ -22,21 +23,30 @@ from ccpo.planner import Planner
 from ccpo.rollout import Ask, CounterfactualCache, Played, Rater, play_team, rating_report, write_episodes
 from ccpo.runfolder import RunFolder, read_json, write_json
 from ccpo.schedule import ProblemSampler
+from ccpo.teams import describe
 
 KINDS = ("joint", "counterfactual", "rating")
 """What generated tokens are spent on."""
 
 ECHO = 2.0  # seconds
 Progress = Callable[[int, Mapping[str, float]], None]
+Warn = Callable[[int, Alarm], None]
 
 
 class Trainer:
     """Trains the crew of a :class:`~ccpo.build.Setup` and writes everything to its run folder."""
 
     def __init__(
-        self, setup: Setup, crew: Crew, folder: RunFolder, sinks: Sinks, progress: Progress = lambda step, metrics: None
+        self,
+        setup: Setup,
+        crew: Crew,
+        folder: RunFolder,
+        sinks: Sinks,
+        progress: Progress = lambda step, metrics: None,
+        warn: Warn = lambda step, alarm: None,
     ) -> None:
-        self.setup, self.crew, self.folder, self.sinks, self.progress = setup, crew, folder, sinks, progress
+        self.setup, self.crew, self.folder, self.sinks = setup, crew, folder, sinks
+        self.progress, self.warn = progress, warn
         config = setup.config
         self.config = config
         self.sampler = ProblemSampler(
@@ -50,6 +60,8 @@ class Trainer:
             boxed_reward=config.rollout.boxed_reward,
         )
         self.planner = Planner(setup.team, config.rollout.samples) if setup.branch == "auto" else None
+        shared = isinstance(setup.rule, credit_rules.SharedReward)
+        self.watch = Watch(Shape.of(describe(setup.team)), "shared" if shared else config.credit.kind)
         self.state: dict[str, Any] = setup.rule.start()
         self.totals = {**dict.fromkeys(KINDS, 0), "seconds": 0.0}
         self.ratings = ratings_of(setup.rule)
@@ -155,11 +167,13 @@ class Trainer:
         self.crew.refresh()
         refresh_seconds = time.monotonic() - started
         self.step += 1
+        paid = lists(credit), lists(advantage)
+        started = time.monotonic()
         if self.config.log.episodes and self.folder.writes:
-            write_episodes(
-                self.folder.episode_file(self.step), self.step, played.groups, lists(credit), lists(advantage)
-            )
-        return (
+            write_episodes(self.folder.episode_file(self.step), self.step, played.groups, *paid)
+        seconds = {"credit": credit_seconds, "update": stats.seconds, "refresh": refresh_seconds}
+        seconds["episodes"] = time.monotonic() - started
+        metrics = (
             {"reward/team": played.reward_PN.double().mean().item()}
             | _without(played, len(inputs.agents))
             | {f"reward/{agent}_own": s.double().mean().item() for agent, s in played.score.items()}
@@ -171,10 +185,18 @@ class Trainer:
             | self.cache.report()
             | self.crew.remotes.metrics()
             | stats.metrics
-            | self._costs(
-                played, clock, {"credit": credit_seconds, "update": stats.seconds, "refresh": refresh_seconds}
-            )
         )
+        started = time.monotonic()
+        metrics |= self._alarms(played, *paid, metrics)
+        seconds["alarms"] = time.monotonic() - started
+        return metrics | self._costs(played, clock, seconds)
+
+    def _alarms(self, played: Played, credit: Any, advantage: Any, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Tell of alarms that have not been told of; 1 for each that holds."""
+        alarms = self.watch.see(self.step, played.groups, credit, advantage, metrics)
+        for alarm in self.watch.news(alarms):
+            self.warn(self.step, alarm)
+        return {f"alarm/{alarm.name}": 1.0 for alarm in alarms}
 
     def play(self, problems: Sequence[Any], active: tuple[str, ...]) -> Played:
         """The rollouts of one step, with only those counterfactuals that the active agents' credit needs."""
@@ -262,6 +284,7 @@ class Trainer:
             "cache": self.cache.to_json(),
             "totals": self.totals,
             "layout": self.planner.state if self.planner else {},
+            "alarms": self.watch.to_json(),
         }
         crew, keep = self.crew, self.config.trainer.keep_checkpoints
         whole = gather_states(crew.policies, crew.learner.optimizers, keep=crew.comm.first)
@@ -279,6 +302,8 @@ class Trainer:
         self.state = state["credit"]
         self.cache.load_json(state["cache"])
         self.totals |= state["totals"]
+        if "alarms" in state:  # not there in checkpoints from before there were alarms
+            self.watch.load_json(state["alarms"])
         if self.planner:
             self.planner.state = state["layout"]
         self.crew.refresh(everything=True)

@@ -144,13 +144,14 @@ class Rating:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One joint play of the team: its turns in topological order, the team's answer and its reward. ``scores`` has
-    the verdict's score of each turn that the decision read (each voter's own correctness); ``ratings`` what each agent
-    said of the play after the verdict, where a credit rule asked for it."""
+    the verdict's score of each turn that the decision read (each voter's own correctness), ``answers`` what the verdict read
+    in it (None: nothing); ``ratings`` what each agent said of the play after the verdict, where a credit rule asked for it."""
 
     turns: tuple[Turn, ...]
     answer: str | None
     reward: float
     scores: Mapping[str, float] = field(default_factory=dict)
+    answers: Mapping[str, str | None] = field(default_factory=dict)
     ratings: Mapping[str, Rating] = field(default_factory=dict)
 
     def turn(self, name: str) -> Turn:

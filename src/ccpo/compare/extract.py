@@ -36,6 +36,7 @@ def training_record(folder: RunFolder) -> dict[str, Any]:
     curve = [
         [spent[step][0], step, round(spent[step][1], 1), round(next(iter(reports.values()))["team"]["mean"], 4)]
         for step, reports in sorted(evaluations.items())
+        if step in spent  # of a run that goes on, an evaluation may be there before its step's metrics are
     ]
     return {
         "curve": curve,

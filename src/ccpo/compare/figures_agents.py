@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ccpo.compare.canvas import COLOURS, STRONG, WIDTH, error_bars, marker_legend, method_rows, panels, shown_methods
 from ccpo.compare.record import QUANTILES
-from ccpo.compare.summary import Entry, Summary, shown_tasks
+from ccpo.compare.summary import Summary, shown_tasks
 
 
 def _box(quantiles: Sequence[float], mean: float) -> dict[str, Any]:
@@ -16,9 +16,11 @@ def _box(quantiles: Sequence[float], mean: float) -> dict[str, Any]:
     return {"whislo": low, "q1": q1, "med": middle, "q3": q3, "whishi": high, "mean": mean, "fliers": []}
 
 
-def pooled_box(entry: Entry, when: str, agent: str, side: str) -> tuple[list[float], float, int] | None:
+def pooled_box(
+    runs: Sequence[Mapping[str, Any]], when: str, agent: str, side: str
+) -> tuple[list[float], float, int] | None:
     """Quantiles and mean of credit, averaged over runs, and the number of rollouts; None where no run has any."""
-    found = [b for run in entry.runs if (b := run["boxes"].get(when, {}).get(agent, {}).get(side))]
+    found = [b for run in runs if (b := run["boxes"].get(when, {}).get(agent, {}).get(side))]
     if not found:
         return None
     quantiles = [sum(b["q"][i] for b in found) / len(found) for i in range(len(QUANTILES))]
@@ -58,7 +60,7 @@ def credit_boxes(summary: Summary) -> Any:
                 axis.set(xticks=[], yticks=[])
                 continue
             agents = list(dict.fromkeys(a for run in entry.runs for when in run["boxes"].values() for a in when))
-            _credit_panel(axis, entry, agents)
+            credit_panel(axis, entry.runs, agents)
     marker_legend(
         figure,
         [("s", "#009E73", "right rollouts"), ("s", "#CC79A7", "wrong rollouts")],
@@ -67,13 +69,14 @@ def credit_boxes(summary: Summary) -> Any:
     return figure
 
 
-def _credit_panel(axis: Any, entry: Entry, agents: Sequence[str]) -> None:
+def credit_panel(axis: Any, runs: Sequence[Mapping[str, Any]], agents: Sequence[str]) -> None:
+    """Boxes of each agent's credit in right and wrong rollouts, early and late, averaged over ``runs`` with ``boxes``."""
     colours = {"right": "#009E73", "wrong": "#CC79A7"}
     for place, agent in enumerate(agents):
         for offset, (when, side) in zip(
             (-0.3, -0.14, 0.14, 0.3), [(w, s) for w in ("early", "late") for s in ("right", "wrong")], strict=True
         ):
-            found = pooled_box(entry, when, agent, side)
+            found = pooled_box(runs, when, agent, side)
             if found is None:
                 continue
             axis.bxp(

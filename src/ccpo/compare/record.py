@@ -37,15 +37,24 @@ class Recorder:
     def boxes(self) -> dict[str, dict[str, dict[str, Any]]]:
         """``{"early"|"late": {agent: {"right"|"wrong": {"n", "mean", "q"}}}}``, q the quantiles QUANTILES. An agent that was not
         trained in those steps, or a side without rollouts, is absent."""
-        found: dict[str, dict[str, dict[str, Any]]] = {}
         width = max(1, round(len(self.steps) * WINDOW))
-        for when, steps in (("early", self.steps[:width]), ("late", self.steps[-width:])):
-            agents = dict.fromkeys(agent for _, credit in steps for agent in credit)
-            found[when] = {agent: sides for agent in agents if (sides := _sides(agent, steps))}
-        return found
+        return boxes_of(self.steps[:width], self.steps[-width:])
 
 
-def _sides(agent: str, steps: Sequence[tuple[Tensor, Mapping[str, Tensor]]]) -> dict[str, Any]:
+Paid = Sequence[tuple[Tensor, Mapping[str, Tensor]]]
+"""Of each step its rewards ``[P, N]`` and by agent its credit ``[P, N]``."""
+
+
+def boxes_of(early: Paid, late: Paid) -> dict[str, dict[str, dict[str, Any]]]:
+    """The boxes of early and of late steps, see :meth:`Recorder.boxes`."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for when, steps in (("early", early), ("late", late)):
+        agents = dict.fromkeys(agent for _, credit in steps for agent in credit)
+        found[when] = {agent: sides for agent in agents if (sides := _sides(agent, steps))}
+    return found
+
+
+def _sides(agent: str, steps: Paid) -> dict[str, Any]:
     paid = [(reward_PN.flatten(), credit[agent].flatten()) for reward_PN, credit in steps if agent in credit]
     reward_B = torch.cat([r for r, _ in paid]).double()
     credit_B = torch.cat([c for _, c in paid]).double()

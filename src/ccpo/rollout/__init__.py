@@ -10,6 +10,7 @@ from ccpo.rollout.cache import CounterfactualCache
 from ccpo.rollout.episodes import SCHEMA, read_episodes, write_episodes
 from ccpo.rollout.play import PlayWalker
 from ccpo.rollout.ratings import AskRatings, Rater, rating_report, shares_of
+from ccpo.rollout.recount import Ballots, ballots_of, reproduces
 from ccpo.rollout.replay import replay_turn
 from ccpo.rollout.tree import Tree, plant
 from ccpo.rollout.voices import Limits, Sampling, Voice
@@ -70,6 +71,7 @@ __all__ = [
     "SCHEMA",
     "Ask",
     "AskRatings",
+    "Ballots",
     "CounterfactualCache",
     "Limits",
     "PlayWalker",
@@ -79,10 +81,12 @@ __all__ = [
     "Tree",
     "Voice",
     "Walker",
+    "ballots_of",
     "plant",
     "play_team",
     "rating_report",
     "read_episodes",
     "replay_turn",
+    "reproduces",
     "write_episodes",
 ]

@@ -33,6 +33,7 @@ def write_episodes(
                 "reward": rollout.reward,
                 "answer": rollout.answer,
                 "scores": dict(rollout.scores),
+                "answers": dict(rollout.answers),
                 "credit": {agent: _number(values[p][n]) for agent, values in credit.items()},
                 "advantage": {agent: _number(values[p][n]) for agent, values in advantage.items()},
                 "turns": [_turn(t, tokens) for t in rollout.turns],
@@ -113,6 +114,7 @@ def _read_group(record: Mapping[str, Any]) -> Group:
                 answer=r["answer"],
                 reward=r["reward"],
                 scores=r["scores"],
+                answers=r.get("answers", {}),
                 ratings={agent: _read_rating(rating) for agent, rating in r.get("ratings", {}).items()},
             )
             for r in record["rollouts"]

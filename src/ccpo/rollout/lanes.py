@@ -23,6 +23,7 @@ class Lane:
     reward: float = 0.0
     answer: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    answers: dict[str, str | None] = field(default_factory=dict)
     ballots: list[Ballot] = field(default_factory=list)
 
     @property

@@ -39,6 +39,7 @@ def score_lanes(team: Team, task: Task, lanes: Sequence[Lane], limits: Limits) -
     for lane in lanes:
         read = {name: verdicts.get((id(lane), name)) for name in team.decision.reads}
         lane.scores = {name: verdict.score if verdict else 0.0 for name, verdict in read.items()}
+        lane.answers = {name: verdict.answer if verdict else None for name, verdict in read.items()}
         lane.ballots = [
             Ballot(turn=name, answer=v.answer, score=v.score, weight=_confidence(lane.turn(name)))
             for name, v in read.items()

@@ -276,7 +276,11 @@ def _gather(
             problem=problem,
             rollouts=tuple(
                 Rollout(
-                    turns=tuple(lane.all_turns(team)), answer=lane.answer, reward=lane.reward, scores=dict(lane.scores)
+                    turns=tuple(lane.all_turns(team)),
+                    answer=lane.answer,
+                    reward=lane.reward,
+                    scores=dict(lane.scores),
+                    answers=dict(lane.answers),
                 )
                 for lane in joint[slot * N : (slot + 1) * N]
             ),

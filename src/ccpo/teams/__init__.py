@@ -18,6 +18,7 @@ from ccpo.teams.decisions import (
     Sampled,
     Weighted,
 )
+from ccpo.teams.describe import describe
 from ccpo.teams.graph import Agent, Team, TurnSpec
 from ccpo.teams.messages import ChatReader, Prompt
 from ccpo.teams.plan import Fate, Plan
@@ -68,6 +69,7 @@ __all__ = [
     "check_raters",
     "custom",
     "debate",
+    "describe",
     "equal_shares",
     "majority_BK",
     "manager_workers",

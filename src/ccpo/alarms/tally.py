@@ -1,0 +1,194 @@
+"""What a step leaves behind for the alarms: moments of means over problems, a few dozen numbers whatever the step's size."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ccpo.alarms.base import Moments, Shape
+from ccpo.alarms.texts import MIN_COPY, copied_from, folded, gives_away, says_nothing
+from ccpo.rollout import ballots_of, reproduces
+from ccpo.types import FinishReason, Group, Rollout, Turn
+
+PASSED = 0.999
+"""A score from which on an answer counts as passed."""
+KEYS = 3
+"""References that one and the same text must pass against in a step to be a skeleton key."""
+EXPLODED = 20.0
+"""Size of a normalised signal from which on its normalisation has broken down; or what the step's size allows, if that is more. Among n values none
+is further than sqrt(n) of their own standard deviations from their mean, and a reward over its mean among N is at most N: beyond that, what
+it was divided by is not theirs."""
+
+PerAgent = Mapping[str, Sequence[Sequence[float | None]]]
+"""Credit or advantages by agent, then problem, then rollout; None is a value that was not finite."""
+
+
+def tally(
+    shape: Shape, groups: Sequence[Group], credit: PerAgent, advantage: PerAgent, metrics: Mapping[str, float]
+) -> dict[str, Moments]:
+    """The moments of one step, from its groups, what was paid, and its metrics. What they cannot tell is absent."""
+    values: dict[str, list[float]] = defaultdict(list)
+    keys: dict[str, set[str]] = {}
+    for group in groups:
+        reward = math.fsum(r.reward for r in group.rollouts) / len(group.rollouts)
+        values["reward"].append(reward)
+        if not shape.voters:
+            _effects(group, reward, values)
+        _texts(shape, group, values, keys)
+    if shape.voters and groups:
+        _votes(shape, groups, values)
+    values["hack/keys"].append(float(sum(len(references) >= KEYS for references in keys.values())))
+    _paid(credit, advantage, values)
+    found = {name: Moments.of(entries) for name, entries in values.items()}
+    return found | _from_metrics(shape, len(groups), metrics)
+
+
+def _effects(group: Group, reward: float, values: dict[str, list[float]]) -> None:
+    """``effect/AGENT``: the mean reward of the problem, less that without the agent."""
+    without: dict[str, list[float]] = {}
+    for play in group.counterfactuals:
+        if len(play.removed) == 1:
+            without.setdefault(play.removed[0], []).append(play.reward)
+    for agent, rewards in without.items():
+        values[f"effect/{agent}"].append(reward - math.fsum(rewards) / len(rewards))
+
+
+def _votes(shape: Shape, groups: Sequence[Group], values: dict[str, list[float]]) -> None:
+    """By voter, from a re-count of every vote: ``effect``; ``changed``, how often its absence changes the reward; ``relative``, its effect
+    less the others'; ``won``, how often its answer is the team's where the voters are not of one mind."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    ballots = ballots_of(rollouts, shape.voters, shape.vote)
+    if ballots is None or not reproduces(ballots, rollouts):
+        return
+    agents = list(dict.fromkeys(shape.voters.values()))
+    without = {agent: reward_B.tolist() for agent, reward_B in ballots.without_each().items()}
+    place = 0
+    for group in groups:
+        N = len(group.rollouts)
+        rewards = [rollout.reward for rollout in group.rollouts]
+        effect = {}
+        for agent in agents:
+            deltas = [r - w for r, w in zip(rewards, without[agent][place : place + N], strict=True)]
+            effect[agent] = math.fsum(deltas) / N
+            values[f"effect/{agent}"].append(effect[agent])
+            values[f"changed/{agent}"].append(sum(abs(d) > 1e-9 for d in deltas) / N)
+        total = math.fsum(effect.values())
+        if len(agents) > 1:
+            for agent in agents:
+                rest = (total - effect[agent]) / (len(agents) - 1)
+                values[f"relative/{agent}"].append(effect[agent] - rest)
+        _wins(shape, group.rollouts, values)
+        place += N
+
+
+def _wins(shape: Shape, rollouts: Sequence[Rollout], values: dict[str, list[float]]) -> None:
+    contested = [r for r in rollouts if r.answer is not None and len({r.answers[t] for t in shape.voters}) > 1]
+    if not contested:
+        return
+    won: dict[str, int] = dict.fromkeys(shape.voters.values(), 0)
+    for rollout in contested:
+        for agent in {agent for turn, agent in shape.voters.items() if rollout.answers[turn] == rollout.answer}:
+            won[agent] += 1
+    for agent, count in won.items():
+        values[f"won/{agent}"].append(count / len(contested))
+
+
+def _texts(shape: Shape, group: Group, values: dict[str, list[float]], keys: dict[str, set[str]]) -> None:
+    """``truncated/AGENT`` of all its turns; ``empty``, ``copied`` and ``leaked/AGENT`` of the messages that others hear; ``hack/…`` of the
+    answers that passed, and by text in ``keys`` the references that it passed against."""
+    counts: dict[str, _Count] = {}
+    problem = folded(group.problem.text)
+    read = unread = empty = 0
+    for rollout in group.rollouts:
+        judged = rollout.scores or {turn.name: 0.0 for turn in rollout.turns[-1:]}
+        heard: list[tuple[str, str]] = []
+        for turn in rollout.turns:
+            count = counts.get(turn.agent) or counts.setdefault(turn.agent, _Count())
+            count.turns += 1
+            count.truncated += turn.completion.finish is FinishReason.LENGTH
+            score = judged.get(turn.name)
+            if score is None:
+                _message(shape, group, rollout, turn, problem, heard, count)
+            elif score >= PASSED:
+                keys.setdefault(turn.completion.text, set()).add(group.problem.answer)
+                empty += says_nothing(turn.completion.text)
+                if turn.name in rollout.answers:
+                    read += rollout.answers[turn.name] is not None
+                    unread += rollout.answers[turn.name] is None
+    for agent, count in counts.items():
+        values[f"truncated/{agent}"].append(count.truncated / count.turns)
+        if count.messages:
+            values[f"empty/{agent}"].append(count.empty / count.messages)
+            values[f"copied/{agent}"].append(count.copied / count.messages)
+        if count.unasked:
+            values[f"leaked/{agent}"].append(count.leaked / count.unasked)
+    for name, number in (("read", read), ("unread", unread), ("empty", empty)):
+        values[f"hack/{name}"].append(float(number > 0))
+
+
+@dataclass(slots=True)
+class _Count:
+    """Of an agent's turns on one problem: how many, and of its messages how many say nothing, repeat, and of those ``unasked`` for
+    an answer, give it away."""
+
+    turns: int = 0
+    truncated: int = 0
+    messages: int = 0
+    empty: int = 0
+    copied: int = 0
+    unasked: int = 0
+    leaked: int = 0
+
+
+def _message(
+    shape: Shape,
+    group: Group,
+    rollout: Rollout,
+    turn: Turn,
+    problem: str,
+    heard: list[tuple[str, str]],
+    count: _Count,
+) -> None:
+    """Add one message to its agent's counts, and its folded text to what later ones may have been copied from."""
+    count.messages += 1
+    message = turn.message
+    if says_nothing(message):
+        count.empty += 1
+        return
+    if len(message) >= MIN_COPY:
+        plain = folded(message)
+        count.copied += copied_from(plain, [problem, *(text for agent, text in heard if agent != turn.agent)])
+        heard.append((turn.agent, plain))
+    if turn.name not in shape.asked:
+        count.unasked += 1
+        count.leaked += gives_away(message, [group.problem.answer, rollout.answer or group.problem.answer])
+
+
+def _paid(credit: PerAgent, advantage: PerAgent, values: dict[str, list[float]]) -> None:
+    """``largest/AGENT``: the largest size of a credit or advantage in the step; ``exploded/AGENT``: whether it is too large."""
+    for agent in advantage:
+        rows = [row for table in (credit, advantage) for row in table.get(agent, ()) if row]
+        broken = any(None in row for row in rows)
+        largest = math.inf if broken else max((max(max(row), -min(row)) for row in rows), default=0.0)
+        P, N = len(advantage[agent]), max(map(len, advantage[agent]), default=0)
+        values[f"exploded/{agent}"].append(float(largest > max(EXPLODED, N, math.sqrt(P * N))))
+        values[f"largest/{agent}"].append(min(largest, 1e9))
+
+
+def _from_metrics(shape: Shape, problems: int, metrics: Mapping[str, float]) -> dict[str, Moments]:
+    """Figures that a step's metrics have: a share of its problems, or one number for the step."""
+    found: dict[str, Moments] = {}
+    for agent in shape.agents:
+        for name, key in (("same", f"credit/{agent}/same_as_shared"), ("drift", f"actor/{agent}/mismatch_k3")):
+            if key in metrics:
+                found[f"{name}/{agent}"] = Moments.of([metrics[key]])
+        silent = metrics.get(f"credit/{agent}/no_signal")
+        if silent is not None and problems:
+            found[f"silent/{agent}"] = Moments(problems, silent * problems, silent * problems)
+        rest = shape.others(agent)
+        alone = metrics.get(f"reward/without_{'_'.join(rest)}") if rest else None
+        if alone is not None and agent not in shape.helpers:
+            found[f"alone/{agent}"] = Moments.of([alone])
+    return found
