@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from ccpo.evaluate import headline
 from ccpo.learner import find_checkpoint, verify_checkpoint
 from ccpo.loggers import make_sinks
 from ccpo.runfolder import RunFolder, read_json, write_json
+from ccpo.teams import outline
 from ccpo.trainer import Trainer
 
 
@@ -70,7 +72,15 @@ def train(
         k: repr(v) for k, v in {"team": team, "task": task, "tests": tests, "credit": credit}.items() if v is not None
     }
     write_json(
-        folder.recipe, {"config": config.model_dump(), "objects": objects, "made_with": versions(), "command": sys.argv}
+        folder.recipe,
+        {
+            "config": config.model_dump(),
+            "objects": objects,
+            "graph": outline(setup.team),
+            "made_with": versions(),
+            "commit": commit(),
+            "command": sys.argv,
+        },
     )
     return _train(setup, folder, reporter or Reporter(), checkpoint=None)
 
@@ -190,6 +200,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def commit() -> str | None:
+    """The commit of the repository in the current folder, with ``-dirty`` where files differ from it; None where there is none."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):  # no git on this machine, or a repository too large to look through
+        return None
+    return done.stdout.strip() or None
 
 
 def open_crew(run: str | Path, **objects: Any) -> tuple[Setup, Crew, Path]:

@@ -163,7 +163,7 @@ def _made(recipe: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, An
     versions = mapping(recipe.get("made_with")) or mapping(summary.get("made_with"))
     config = mapping(recipe.get("config"))
     return {
-        "command": shlex.join(words)[:2000] or None,
+        "command": _command(words),
         "commit": text(recipe.get("commit")),
         "versions": {str(k)[:40]: text(v) for k, v in list(versions.items())[:20] if isinstance(v, str)},
         "objects": {str(k)[:40]: text(v) for k, v in list(mapping(recipe.get("objects")).items())[:20]},
@@ -171,6 +171,13 @@ def _made(recipe: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, An
         "kinds": {part: _kind(config.get(part)) for part in ("team", "task", "credit", "loss", "model")}
         | {"advantage": text(config.get("advantage"))},
     }
+
+
+def _command(words: Sequence[str]) -> str | None:
+    """The command as it is typed: the program by its name, not by where it lay."""
+    if words and re.search(r"(^|[/\\])(ccpo|__main__\.py)(\.exe)?$", words[0]):
+        words = ["ccpo", *words[1:]]
+    return shlex.join(words)[:2000] or None
 
 
 def _kind(part: Any) -> str | None:

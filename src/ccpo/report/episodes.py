@@ -78,7 +78,9 @@ def read_groups(path: Path, step: int, notes: Notes) -> Iterator[Group]:
     """The groups of one episode file, as far as they can be read."""
     found = gzip_lines(path, notes)
     first = next(found, None)
-    header = _mapping_of(first) if first is not None else {}
+    if first is None:
+        return
+    header = _mapping_of(first)
     if header.get("schema") != SCHEMA:
         notes.add(f"{path.name} has another schema than {SCHEMA}; it is left out.")
         return

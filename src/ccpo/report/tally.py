@@ -1,8 +1,8 @@
 """What a step's episodes say of credit, counted once for each file and then added up over any window of steps.
 
 A rollout is *correct* where its reward is full, as in ``pass@k`` of the evaluation. Joint against solo, over pairs of a
-rollout and a play without the agent: *helped* (only the team is right), *hurt* (only the play without it is), *redundant*
-(both are), *hopeless* (neither is).
+rollout and a play without the agent: *helped* (the reward is higher with it), *hurt* (lower), *redundant* (the same, and
+full), *hopeless* (the same, and not full).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def is_correct(reward: float) -> bool:
 @dataclass(slots=True)
 class Tally:
     """Counts of one step. ``credit``: by agent, pairs of credit and reward. ``pairs``: by agent, helped, hurt, redundant,
-    hopeless. ``signal``: by agent, groups and those with an advantage. ``tokens``: by turn, tokens, turns and those cut off.
+    hopeless, and how many of these had a reward between 0 and 1. ``signal``: by agent, groups and those with an advantage. ``tokens``: by turn, tokens, turns and those cut off.
     ``heard``: by pair of turns, how often the first one's message is in the second one's prompt, of how often it could be."""
 
     step: int
@@ -59,9 +59,9 @@ class Tally:
             counts[0] += 1
             counts[1] += any(rollout.advantage.get(agent) for rollout in group.rollouts)
         for rollout, play in joint_and_without(group):
-            kind = 2 * (not is_correct(rollout.reward)) + is_correct(play.reward)
-            counts = self.pairs.setdefault(play.removed[0], [0, 0, 0, 0])
-            counts[(0, 2, 3, 1)[kind]] += 1
+            counts = self.pairs.setdefault(play.removed[0], [0, 0, 0, 0, 0])
+            counts[effect(rollout.reward, play.reward)] += 1
+            counts[4] += not {rollout.reward, play.reward} <= {0.0, 1.0}
 
     def _listen(self, rollout: Rollout) -> None:
         for i, later in enumerate(rollout.turns):
@@ -74,6 +74,13 @@ class Tally:
                     counts = self.heard.setdefault((earlier.name, later.name), [0, 0])
                     counts[0] += message in later.prompt
                     counts[1] += 1
+
+
+def effect(joint: float, without: float) -> int:
+    """0 helped, 1 hurt, 2 redundant, 3 hopeless."""
+    if joint != without:
+        return int(joint < without)
+    return 2 if is_correct(joint) else 3
 
 
 def joint_and_without(group: Group) -> Iterable[tuple[Rollout, Play]]:

@@ -7,6 +7,7 @@ bound to 127.0.0.1 and answers only requests that name it so, which keeps web pa
 from __future__ import annotations
 
 import hashlib
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -61,6 +62,11 @@ class Server(ThreadingHTTPServer):
             raise UserError(
                 f"port {port} cannot be used ({error.strerror}); choose another with --port, or --port 0 for any that is free"
             ) from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that hangs up is no error; anything else is shown as usual."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
     @property
     def address(self) -> str:

@@ -24,7 +24,7 @@ from ccpo.teams.play import PlayTeam, Speak
 from ccpo.teams.rating import check_raters, rating_turn, speakers
 from ccpo.teams.rating_parse import equal_shares, parse_rating
 from ccpo.teams.ready import chain, debate, manager_workers, single, think_solve, voting
-from ccpo.teams.spec import custom, team_from_dict
+from ccpo.teams.spec import custom, outline, team_from_dict
 from ccpo.teams.templates import Template
 from ccpo.teams.votes import ABSTAIN, VoteKind, majority_BK, recount_without
 
@@ -69,6 +69,7 @@ __all__ = [
     "equal_shares",
     "majority_BK",
     "manager_workers",
+    "outline",
     "parse_rating",
     "rating_turn",
     "recount_without",

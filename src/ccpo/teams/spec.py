@@ -22,6 +22,7 @@ from typing import Any
 from ccpo.errors import UserError, nearest
 from ccpo.teams.decisions import DECISIONS, Decision, Function, LastTurn
 from ccpo.teams.graph import Agent, Team, TurnSpec
+from ccpo.teams.play import PlayTeam
 
 _AGENT_KEYS = ("policy", "system")
 _TURN_KEYS = ("agent", "template", "reads", "max_tokens", "strip_boxed")
@@ -125,3 +126,13 @@ def _keys(where: str, data: Mapping[str, Any], allowed: Sequence[str], needed: S
     for key in needed:
         if key not in data:
             raise UserError(f"{where}.{key}: this key is required")
+
+
+def outline(team: Team | PlayTeam) -> dict[str, Any]:
+    """The graph of a team as plain data, for drawing: ``agents``, ``decider``, ``turns`` in topological order with agent and reads,
+    ``decision`` with kind and reads. A team that is a function has neither turns nor decision."""
+    graph: dict[str, Any] = {"agents": list(team.agent_names), "decider": team.decider, "turns": [], "decision": None}
+    if isinstance(team, Team):
+        graph["turns"] = [{"name": t.name, "agent": t.agent, "reads": list(t.reads)} for t in team.turns_in_order]
+        graph["decision"] = {"kind": str(team.decision.kind), "reads": list(team.decision.reads)}
+    return graph

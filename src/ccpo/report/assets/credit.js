@@ -6,12 +6,10 @@ function windowPicker(run, chosen, label, change) {
   return segmented(label, all.map((w, i) => [i, i ? `${w.name} (${w.from}–${w.to})` : w.name]), chosen, change);
 }
 
-const lastMetric = (run, name) => meanOf((own(run.metrics.values, name) || []).slice(-10));
-
 function creditTable(run, win) {
   const columns = [{ label: "agent" }, { label: "mean credit", num: true }, { label: "team right", num: true }, { label: "team wrong", num: true }, { label: "helped", num: true }, { label: "hurt", num: true }, { label: "r with shared reward", num: true }, { label: "effective signal", num: true }];
   const rows = win.agents.map((a) => {
-    const total = a.pairs ? a.pairs.reduce((x, y) => x + y, 0) : 0;
+    const total = a.pairs ? a.pairs.slice(0, 4).reduce((x, y) => x + y, 0) : 0;
     return [
       { node: el("span", { class: "agent", vars: { "--agent": agentColor(run.agents.indexOf(a.agent)) } }, oneLine(a.agent, 40)) },
       { node: signed(a.mean, 3), class: sign(a.mean) },
@@ -75,6 +73,8 @@ function verdict(team, blank) {
   return team[0] > blank[0] ? "its messages matter" : "the team is better without them";
 }
 
+const lowest = (run) => Math.min(0, ...run.agents.flatMap((a) => (own(run.metrics.values, `credit/${a}/shared_corr`) || []).filter(isNumber)));
+
 function credit(run) {
   if (!run.credit.length) return section("credit", "Credit", "No episodes are there yet, so credit cannot be shown.", lazyTest(run));
   const place = el("div", { id: "credit-window", "aria-live": "off" });
@@ -86,7 +86,7 @@ function credit(run) {
   const rates = [
     { id: "helped", title: "Helped", note: "how often the reward is above the one without it", range: [0, 1], format: percent, series: perAgent(run, "credit", "helped") },
     { id: "hurt", title: "Hurt", note: "how often below", zero: true, format: percent, series: perAgent(run, "credit", "hurt") },
-    { id: "shared-corr", title: "Correlation with shared reward", note: "of advantages; at 1 the counterfactual says nothing", series: perAgent(run, "credit", "shared_corr") },
+    { id: "shared-corr", title: "Correlation with shared reward", note: "of advantages; at 1 the counterfactual says nothing", range: [lowest(run) < 0 ? -1 : 0, 1], series: perAgent(run, "credit", "shared_corr") },
     { id: "signal", title: "Without signal", note: "share of problems whose advantages are all 0", range: [0, 1], format: percent, series: perAgent(run, "credit", "no_signal") },
   ].map(lineChart).filter(Boolean);
   return section("credit", "Credit", null, windowPicker(run, ui.window, "Steps", show), place, lazyTest(run), rates.length ? el("h3", null, "Over the steps") : null, el("div", { class: "charts" }, rates));

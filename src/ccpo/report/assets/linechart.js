@@ -79,7 +79,7 @@ class LineChart {
     const shown = this.series.filter((s) => !this.off(s));
     const [x0, x1] = this.domain();
     const labelled = width >= 430 && shown.length <= 9;
-    const right = labelled ? Math.min(150, 34 + 6.3 * Math.max(4, ...shown.map((s) => s.label.length))) : 10;
+    const right = labelled ? Math.min(width / 3, 14 + Math.max(0, ...shown.map((s) => textWidth(this.endLabel(s, smoothed(s.y, s.points ? 0 : ui.view.smooth)))))) : 10;
     this.x = linear([x0, x1], [PAD.left, width - right]);
     this.lines = shown.map((s) => ({ s, y: s.points ? s.y : smoothed(s.y, ui.view.smooth) }));
     const inside = [];
@@ -151,12 +151,16 @@ class LineChart {
     for (const { s, y } of this.lines) {
       for (let i = s.x.length - 1; i >= 0; i -= 1) {
         if (isNumber(y[i]) && s.x[i] >= x0 && s.x[i] <= x1) {
-          labels.push({ y: this.y(y[i]), text: `${s.label} ${(this.spec.format || brief)(y[i])}`, color: s.color });
+          labels.push({ y: this.y(y[i]), text: this.endLabel(s, [y[i]]), color: s.color });
           break;
         }
       }
     }
     return svg("g", { class: "ends" }, spread(labels, 14, PAD.top + 4, H - PAD.bottom).map((l) => svg("text", { x: at, y: l.y + 4, fill: l.color }, l.text)));
+  }
+
+  endLabel(s, y) {
+    return `${oneLine(s.label, 26)} ${(this.spec.format || brief)(lastOf(y))}`;
   }
 
   catcher(right) {
@@ -255,6 +259,13 @@ class LineChart {
     const columns = [{ label: this.spec.xName || "step", num: true }, ...this.series.map((s) => ({ label: s.label, num: true }))];
     this.numbers.append(dataTable(every > 1 ? `${this.spec.title}: every ${every}th step` : this.spec.title, columns, rows));
   }
+}
+
+const pen = document.createElement("canvas").getContext("2d");
+
+function textWidth(text) {
+  pen.font = `560 12px ${getComputedStyle(document.body).fontFamily}`;
+  return pen.measureText(text).width;
 }
 
 function extentOf(values) {

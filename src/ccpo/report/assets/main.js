@@ -113,6 +113,7 @@ function follow() {
 
 // #rollouts/STEP/PROBLEM/N leads to a rollout, #SECTION to a section.
 function route() {
+  if (location.hash === "#compare") shared.open?.(); // what lies above it gets its height before it is scrolled to
   const match = /^#rollouts\/(\d+\/\d+\/\d+)$/.exec(location.hash);
   if (match) {
     ui.chosen = match[1];

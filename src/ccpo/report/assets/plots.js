@@ -6,11 +6,11 @@ function dumbbell(rows, title) {
   const high = Math.max(1, ...there.map((v) => v[2]));
   const low = Math.min(0, ...there.map((v) => v[1]));
   const figure = (row) => {
-    const width = 320;
+    const width = 400;
     const height = 30;
     const x = linear([low, high], [8, width - 8]);
     const said = `${row.label}: before ${interval(row.before)}, after ${interval(row.after)}`;
-    const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": said, class: "dumbbell" },
+    const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": said, class: "dumbbell", preserveAspectRatio: "xMinYMid" },
       [0, 0.25, 0.5, 0.75, 1].map((v) => svg("line", { x1: x(v), x2: x(v), y1: 0, y2: height, class: v === 0 || v === 1 ? "zero" : "grid" })));
     if (row.before && row.after) {
       root.append(svg("line", { x1: x(row.before[0]), x2: x(row.after[0]), y1: 15, y2: 15, stroke: row.color, "stroke-width": 2, opacity: 0.45 }));
@@ -43,15 +43,16 @@ function boxPlots(agents, names, title) {
   const left = 190;
   const rowHeight = 26;
   const gap = 14;
-  const height = agents.length * (2 * rowHeight + gap) + 34;
+  const height = agents.length * (2 * rowHeight + gap) + 44;
   const [low, high] = extent(boxes.flatMap((b) => [b.low, b.high, b.mean]), false);
   const x = linear([low, high], [left, width - 64]);
   const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `${title}. ${agents.map((a) => `${a.agent}: ${boxSaid("team right", a.correct)}; ${boxSaid("team wrong", a.wrong)}`).join(". ")}`, class: "boxes" });
+  root.append(svg("text", { x: width, y: 10, class: "end" }, "median"));
   for (const v of ticks(low, high, 7)) {
-    root.append(svg("line", { x1: x(v), x2: x(v), y1: 4, y2: height - 26, class: v === 0 ? "zero" : "grid" }), svg("text", { x: x(v), y: height - 8, class: "x" }, brief(v)));
+    root.append(svg("line", { x1: x(v), x2: x(v), y1: 14, y2: height - 26, class: v === 0 ? "zero" : "grid" }), svg("text", { x: x(v), y: height - 8, class: "x" }, brief(v)));
   }
   agents.forEach((a, i) => {
-    const top = i * (2 * rowHeight + gap) + 6;
+    const top = i * (2 * rowHeight + gap) + 16;
     const color = agentColor(names.indexOf(a.agent));
     root.append(svg("text", { x: 0, y: top + rowHeight + 5, fill: color, class: "who" }, oneLine(a.agent, 14)));
     [["correct", "✓ team right"], ["wrong", "✗ team wrong"]].forEach(([key, label], j) => {
@@ -82,20 +83,21 @@ function oneBox(root, b, x, y, color, filled, width) {
 
 // Joint against solo: how often the team is right, by how often it is right without the agent.
 const KINDS = [
-  ["helped", "only the team is right"],
-  ["hurt", "only the play without it is right"],
-  ["redundant", "right either way"],
-  ["hopeless", "wrong either way"],
+  ["helped", "the reward is higher with it"],
+  ["hurt", "lower with it"],
+  ["redundant", "the same, and right"],
+  ["hopeless", "the same, and wrong"],
 ];
 
-function matrix(agent, pairs, color) {
+function matrix(agent, [...pairs], color) {
+  const graded = pairs.pop() > 0; // rewards between 0 and 1 are neither right nor wrong, so the headings would not hold
   const total = pairs.reduce((a, b) => a + b, 0);
   const cell = (kind) => {
     const share = total ? pairs[kind] / total : 0;
     return { node: el("div", { class: `cell k${kind}`, vars: { "--share": share } }, el("strong", null, percent(share)), el("span", null, KINDS[kind][0])), class: "matrix" };
   };
   const table = dataTable(`${agent}: ${plural(total, "pair")} of a rollout and a play without it`,
-    [{ label: "" }, { label: `right without ${agent}` }, { label: `wrong without ${agent}` }],
-    [["team right", cell(2), cell(0)], ["team wrong", cell(1), cell(3)]], { class: "joint" });
+    graded ? [{ label: "" }, { label: "the same" }, { label: "another" }] : [{ label: "" }, { label: `right without ${agent}` }, { label: `wrong without ${agent}` }],
+    graded ? [["right, or better", cell(2), cell(0)], ["not right, or worse", cell(3), cell(1)]] : [["team right", cell(2), cell(0)], ["team wrong", cell(1), cell(3)]], { class: "joint" });
   return el("figure", { class: "jointbox", vars: { "--agent": color } }, table);
 }

@@ -51,7 +51,8 @@ function drawTeam(run, win, tokens) {
     root.append(svg("path", { d: line.d, class: "edge", stroke: agentColor(run.agents.indexOf(speaker.get(from))), "stroke-width": isNumber(mean) ? 1.2 + 3.3 * (mean / most) : 1.5, "marker-end": "url(#arrow)" }));
     if (list.length <= 12) {
       const value = paid.get(speaker.get(from));
-      labels.append(svg("text", { x: line.x, y: line.y - 4, class: "flow" }, isNumber(mean) ? `${brief(mean)} tokens` : ""), svg("text", { x: line.x, y: line.y + 11, class: `flow ${sign(value)}` }, isNumber(value) ? `credit ${signed(value)}` : ""));
+      const [x, anchor] = upright ? [line.x + 9, "start"] : [line.x, "middle"];
+      labels.append(svg("text", { x, y: line.y - 8, class: "flow", "text-anchor": anchor }, isNumber(mean) ? `${brief(mean)} tokens` : ""), svg("text", { x, y: line.y + (upright ? 8 : 18), class: `flow ${sign(value)}`, "text-anchor": anchor }, isNumber(value) ? `credit ${signed(value)}` : ""));
     }
   }
   for (const turn of graph.turns) root.append(turnBox(turn, at.get(turn.name), run, paid, tokens));
