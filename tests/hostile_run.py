@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from run_files import GRAPH, metrics_of, problem_record, turn, write_run, write_steps
+from run_files import GRAPH, problem_record, turn, write_run, write_steps
 
 SCRIPTS = (
     "<script>window.pwned = 1</script>",
@@ -60,7 +60,13 @@ def hostile_recipe() -> dict[str, Any]:
     evil = " ".join(SCRIPTS)
     turns = [{"name": name, "agent": name, "reads": [*NAMES, 7, None]} for name in NAMES]
     return {
-        "config": {"run": {"name": evil, "dir": 3}, "trainer": {"steps": "x"}, evil: {"a": {"b": evil}}, "task": [1], "team": None},
+        "config": {
+            "run": {"name": evil, "dir": 3},
+            "trainer": {"steps": "x"},
+            evil: {"a": {"b": evil}},
+            "task": [1],
+            "team": None,
+        },
         "objects": {"task": evil},
         "graph": {**GRAPH, "agents": [*NAMES, "thinker", "solver", 5], "turns": [*turns, *GRAPH["turns"], "no turn"]},
         "made_with": {evil: evil, "python": 3},
@@ -76,7 +82,9 @@ def broken_metrics() -> str:
         '{"step": "nine"}',
         '{"step": 1e400}',
         '{"step": 9, "reward/team": NaN, "reward/without___proto__": 0.5, "credit/__proto__/mean": Infinity}',
-        json.dumps({"step": 10, "reward/team": 10**400, "credit/<b>bold</b>/mean": 1e308, "reward/<img src=x>_own": -1e308}),
+        json.dumps(
+            {"step": 10, "reward/team": 10**400, "credit/<b>bold</b>/mean": 1e308, "reward/<img src=x>_own": -1e308}
+        ),
         json.dumps({"step": 2**80, "reward/team": 1.0}),
         '{"step": 11, "reward/tea',
     ]
@@ -86,10 +94,26 @@ def broken_metrics() -> str:
 def broken_evaluations() -> str:
     good = {"mean": 0.5, "low": 0.4, "high": 0.6}
     lines = [
-        {"step": 0, "reports": {"<script>window.pwned=8</script>": {"problems": "x", "team": good, "blank": {"__proto__": good}}}},
+        {
+            "step": 0,
+            "reports": {
+                "<script>window.pwned=8</script>": {"problems": "x", "team": good, "blank": {"__proto__": good}}
+            },
+        },
         {"step": 4, "reports": []},
         {"step": 5, "reports": {"__proto__": {"team": {"mean": "high"}}}},
-        {"step": 9, "reports": {"constructor": {"problems": 3, "team": good, "without": 7, "alone": {"constructor": good}, "pass@k": {"1": "x", "2": 0.5, "4": 0.6}}}},
+        {
+            "step": 9,
+            "reports": {
+                "constructor": {
+                    "problems": 3,
+                    "team": good,
+                    "without": 7,
+                    "alone": {"constructor": good},
+                    "pass@k": {"1": "x", "2": 0.5, "4": 0.6},
+                }
+            },
+        },
     ]
     return "\n".join(json.dumps(line) for line in lines) + "\nnull\n"
 
@@ -104,11 +128,12 @@ def hostile_records() -> list[dict[str, Any]]:
         for rollout in record["rollouts"]:
             rollout["answer"] = text[:2000]
             rollout["credit"] |= dict.fromkeys(NAMES, 0.5) | {"solver": 1e308}
-            rollout["turns"] = [turn(name, text, text, tokens=3) for name in (*NAMES, "thinker", "solver")]
+            speakers = (*NAMES, "thinker", "solver") if text is not HUGE else NAMES[:1]
+            rollout["turns"] = [turn(name, text, text[:9000], tokens=3) for name in speakers]
         for play in record["counterfactuals"]:
             play["removed"] = [rng.choice(NAMES)]
             play["answer"] = text[:2000]
-            play["turns"] = [turn("solver", text, text, tokens=3)]
+            play["turns"] = [turn("solver", text[:90_000], "", tokens=3)]
         records.append(record)
     return records
 
@@ -120,7 +145,12 @@ def broken_lines() -> str:
         {**good, "problem": None},
         {**good, "rollouts": [{"n": 0, "reward": "high"}, None, 3]},
         {**good, "counterfactuals": [None, {"removed": "thinker"}, {"removed": [1], "reward": 0}]},
-        {**good, "rollouts": [{"n": 0, "reward": 1.0, "credit": [], "advantage": 3, "turns": [None, {}, {"name": 4, "text": 5}]}]},
+        {
+            **good,
+            "rollouts": [
+                {"n": 0, "reward": 1.0, "credit": [], "advantage": 3, "turns": [None, {}, {"name": 4, "text": 5}]}
+            ],
+        },
     ]
     return "\n".join(json.dumps(line) for line in lines) + "\n"
 

@@ -55,7 +55,9 @@ def write_steps(path: Path, step: int, records: Sequence[dict[str, Any]]) -> Non
             file.write(json.dumps(record) + "\n")
 
 
-def problem_record(rng: random.Random, step: int, steps: int, place: int, samples: int, problems: int) -> dict[str, Any]:
+def problem_record(
+    rng: random.Random, step: int, steps: int, place: int, samples: int, problems: int
+) -> dict[str, Any]:
     """A problem whose team is right more often in later steps."""
     number = rng.randrange(problems)
     a, b = number % 97, number // 3
@@ -140,7 +142,14 @@ def report_of(mean: float) -> dict[str, Any]:
 
 
 def write_run(
-    folder: Path, *, steps: int = 12, problems: int = 4, samples: int = 4, name: str = "made", seed: int = 0, pool: int = 60
+    folder: Path,
+    *,
+    steps: int = 12,
+    problems: int = 4,
+    samples: int = 4,
+    name: str = "made",
+    seed: int = 0,
+    pool: int = 60,
 ) -> Path:
     """A finished run of Think–Solve on sums: ``steps`` × ``problems`` × ``samples`` rollouts of ``pool`` problems."""
     rng = random.Random(seed)
@@ -165,12 +174,19 @@ def write_run(
     (folder / "recipe.json").write_text(json.dumps(recipe))
     lines = [json.dumps(metrics_of(step, steps, rng)) for step in range(1, steps + 1)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    exams = [{"step": s, "tokens": 2200 * s, "reports": {"heldout": report_of(0.3 + 0.6 * s / steps)}} for s in (0, steps)]
+    exams = [
+        {"step": s, "tokens": 2200 * s, "reports": {"heldout": report_of(0.3 + 0.6 * s / steps)}} for s in (0, steps)
+    ]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(exam) + "\n" for exam in exams))
     for step in range(1, steps + 1):
         records = [problem_record(rng, step, steps, p, samples, pool) for p in range(problems)]
         write_steps(folder / "episodes" / f"step-{step:06d}.jsonl.gz", step, records)
     summary = {"name": name, "steps": steps, "tokens_joint": 2000 * steps, "tokens_counterfactual": 200 * steps}
-    summary |= {"tokens_rating": 0, "seconds_bootstrap": 4.0, "seconds_training": 0.6 * steps, "seconds_total": steps + 4.0}
+    summary |= {
+        "tokens_rating": 0,
+        "seconds_bootstrap": 4.0,
+        "seconds_training": 0.6 * steps,
+        "seconds_total": steps + 4.0,
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder

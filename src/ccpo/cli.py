@@ -1,4 +1,7 @@
-"""The command line: ``ccpo train | eval | report | watch | diagnose | chat | compare | bench | doctor | recipes``. It parses, wires and prints; nothing imports it."""
+"""The command line: ``ccpo train | eval | report | watch | diagnose | chat | compare | bench | doctor | recipes``.
+
+It parses, wires and prints; nothing imports it.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +103,9 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="folders of runs; several are laid over one another")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="folders of runs; several are laid over one another")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="the file; default: report.html in the run's folder, of several runs here")
     ] = None,

@@ -37,8 +37,8 @@ def write_report(runs: Sequence[str | Path], out: str | Path | None = None) -> P
 def serve(run: str | Path, port: int, say: Callable[[str], None]) -> None:
     """Serve the page of a run until Ctrl-C."""
     with Server(run, port) as server:
-        say(f"{server.address} shows {run} and follows it; Ctrl-C ends this.")
         try:
+            say(f"{server.address} shows {run} and follows it; Ctrl-C ends this.")
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:
             say("Ended.")

@@ -13,7 +13,18 @@ from typing import Any
 from ccpo.errors import UserError
 from ccpo.report.episodes import Group, read_groups
 from ccpo.report.graph import agents_of, team_graph
-from ccpo.report.reading import Notes, integer, items, mapping, number, read_object, read_records, regular_file, short, text
+from ccpo.report.reading import (
+    Notes,
+    integer,
+    items,
+    mapping,
+    number,
+    read_object,
+    read_records,
+    regular_file,
+    short,
+    text,
+)
 from ccpo.report.rollouts import MAX_CHARACTERS, MAX_ROLLOUTS, Sample
 from ccpo.report.series import columns, evaluations, totals
 from ccpo.report.tally import Tally, credit_summary
@@ -51,7 +62,9 @@ class RunReader:
         files = [f.recipe, f.metrics, f.evaluations, f.summary, f.episodes, f.failure]
         return tuple(_stamp(path) for path in files)
 
-    def read(self, *, rollouts: int = MAX_ROLLOUTS, characters: int = MAX_CHARACTERS) -> tuple[dict[str, Any], dict[str, Any]]:
+    def read(
+        self, *, rollouts: int = MAX_ROLLOUTS, characters: int = MAX_CHARACTERS
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """The run's document and its table of rollouts, of at most so many rollouts and characters."""
         notes, folder = Notes(), self.folder
         recipe = read_object(folder.path, folder.recipe, notes)

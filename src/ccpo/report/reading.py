@@ -10,7 +10,7 @@ import gzip
 import json
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -82,7 +82,7 @@ def read_records(root: Path, path: Path, notes: Notes) -> list[dict[str, Any]]:
     if not regular_file(root, path, notes):
         return []
     records, bad = [], 0
-    for line, whole in lines(path, path.open("rb"), notes):
+    for line, whole in lines(path, open, notes):
         try:
             record = parse(line)
         except ValueError:
@@ -97,35 +97,26 @@ def read_records(root: Path, path: Path, notes: Notes) -> list[dict[str, Any]]:
     return records
 
 
-def lines(path: Path, file: IO[bytes], notes: Notes) -> Iterator[tuple[bytes, bool]]:
-    """The lines of ``file`` and whether each ends with the end of a line. Ends early, and says so, where a line or the file is
-    too long or cannot be decompressed."""
+def lines(path: Path, open_file: Callable[..., IO[bytes]], notes: Notes) -> Iterator[tuple[bytes, bool]]:
+    """The lines of a file and whether each ends with the end of a line. Ends early, and says so, where the file cannot be opened
+    or decompressed, and where a line or all of it is too long."""
     read = 0
-    with file:
-        while True:
-            try:
-                line = file.readline(MAX_LINE + 1)
-            except BROKEN:
-                notes.add(f"{path.name} is damaged or cut off; what follows is left out.")
-                return
-            read += len(line)
-            if len(line) > MAX_LINE or read > MAX_BYTES:
-                notes.add(f"{path.name} is too long; the rest is left out.")
-                return
-            if not line:
-                return
-            if line.strip():
-                yield line, line.endswith(b"\n")
+    try:
+        with open_file(path, "rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                read += len(line)
+                if len(line) > MAX_LINE or read > MAX_BYTES:
+                    notes.add(f"{path.name} is too long; the rest is left out.")
+                    return
+                if line.strip():
+                    yield line, line.endswith(b"\n")
+    except BROKEN:
+        notes.add(f"{path.name} is damaged or cut off; what follows is left out.")
 
 
 def gzip_lines(path: Path, notes: Notes) -> Iterator[bytes]:
     """The lines of a gzip-compressed file, as far as it can be read."""
-    try:
-        file = gzip.open(path, "rb")
-    except OSError:
-        notes.add(f"{path.name} cannot be opened; it is left out.")
-        return
-    for line, _ in lines(path, file, notes):
+    for line, _ in lines(path, gzip.open, notes):
         yield line
 
 

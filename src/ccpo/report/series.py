@@ -55,7 +55,9 @@ def evaluations(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for record in records:
         reports = record.get("reports")
         if isinstance(reports, dict):
-            sets = {name[:100]: _report(report) for name, report in list(reports.items())[:20] if isinstance(report, dict)}
+            sets = {
+                name[:100]: _report(report) for name, report in list(reports.items())[:20] if isinstance(report, dict)
+            }
             found[record["step"]] = {
                 "step": record["step"],
                 "tokens": number(record.get("tokens")),

@@ -27,7 +27,8 @@ def is_correct(reward: float) -> bool:
 @dataclass(slots=True)
 class Tally:
     """Counts of one step. ``credit``: by agent, pairs of credit and reward. ``pairs``: by agent, helped, hurt, redundant,
-    hopeless, and how many of these had a reward between 0 and 1. ``signal``: by agent, groups and those with an advantage. ``tokens``: by turn, tokens, turns and those cut off.
+    hopeless, and how many of these had a reward between 0 and 1. ``signal``: by agent, groups and those with an advantage.
+    ``tokens``: by turn, tokens, turns and those cut off.
     ``heard``: by pair of turns, how often the first one's message is in the second one's prompt, of how often it could be."""
 
     step: int

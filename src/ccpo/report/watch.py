@@ -82,7 +82,10 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
-        if self.headers.get("Host") not in (f"{HOST}:{self.server.server_port}", f"localhost:{self.server.server_port}"):
+        if self.headers.get("Host") not in (
+            f"{HOST}:{self.server.server_port}",
+            f"localhost:{self.server.server_port}",
+        ):
             self._refuse(403, "this server answers to 127.0.0.1 alone")
         elif self.path == "/":
             self._answer("text/html; charset=utf-8", self.server.page, self.server.page_tag)

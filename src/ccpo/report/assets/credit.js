@@ -12,7 +12,7 @@ function creditTable(run, win) {
     const total = a.pairs ? a.pairs.slice(0, 4).reduce((x, y) => x + y, 0) : 0;
     return [
       { node: el("span", { class: "agent", vars: { "--agent": agentColor(run.agents.indexOf(a.agent)) } }, oneLine(a.agent, 40)) },
-      { node: signed(a.mean, 3), class: sign(a.mean) },
+      { node: signed(a.mean, 3) },
       { node: a.correct ? signed(a.correct.median) : "–" },
       { node: a.wrong ? signed(a.wrong.median) : "–" },
       { node: total ? percent(a.pairs[0] / total) : "–" },

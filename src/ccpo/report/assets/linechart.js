@@ -84,7 +84,7 @@ class LineChart {
     this.lines = shown.map((s) => ({ s, y: s.points ? s.y : smoothed(s.y, ui.view.smooth) }));
     const inside = [];
     for (const { s, y } of this.lines) {
-      for (let i = 0; i < s.x.length; i += 1) if (s.x[i] >= x0 && s.x[i] <= x1) inside.push(y[i], s.low?.[i], s.high?.[i]);
+      for (let i = 0; i < s.x.length; i += 1) if (s.x[i] >= x0 && s.x[i] <= x1) inside.push(y[i], s.y[i], s.low?.[i], s.high?.[i]);
     }
     const [y0, y1] = this.spec.range || extent(inside, this.spec.zero);
     this.y = linear([y0, y1], [H - PAD.bottom, PAD.top]);

@@ -16,14 +16,16 @@ class RowList {
     new ResizeObserver(() => this.draw()).observe(this.box);
   }
 
+  // Show other rows, from the first on; at the start from the chosen one.
   show(rows, all) {
+    const started = this.rows.length > 0;
     this.rows = rows;
     this.count.textContent = rows.length === all ? plural(all, "rollout") : `${whole(rows.length)} of ${plural(all, "rollout")}`;
     this.box.hidden = !rows.length;
     this.empty.hidden = rows.length > 0;
     this.space.style.height = `${rows.length * ROW}px`;
     this.active = rows.findIndex((row) => keyOf(row) === ui.chosen);
-    if (this.active < 0) this.box.scrollTop = 0;
+    if (started || this.active < 0) this.box.scrollTop = 0;
     else this.reveal();
     this.draw();
   }
@@ -44,13 +46,19 @@ class RowList {
     const answer = row.answer === null ? "no answer" : `→ ${oneLine(this.data.string(row.answer), 40)}`;
     const node = el("div", { id: `row-${i}`, role: "option", class: `row ${isRight(row) ? "right" : "wrong"}`, "aria-selected": String(i === this.active), "aria-setsize": this.rows.length, "aria-posinset": i + 1, "data-i": i },
       el("div", { class: "first" }, el("span", { class: "outcome" }, isRight(row) ? "✓" : "✗", el("span", { class: "sr" }, isRight(row) ? "team right" : "team wrong")), el("bdi", null, oneLine(this.data.string(row.group.problem)) || "(no text)")),
-      el("div", { class: "second" }, el("span", null, `step ${row.group.step}`), el("bdi", { class: "answer" }, answer), this.data.agents.map((agent, a) => this.chip(row, agent, a))));
+      el("div", { class: "second" }, el("span", null, `step ${row.group.step}`), el("bdi", { class: "answer" }, answer), this.chips(row)));
     node.style.transform = `translateY(${i * ROW}px)`;
     return node;
   }
 
+  // The credit of at most three agents, first of the one that is filtered by.
+  chips(row) {
+    const paid = this.data.agents.map((agent, a) => [agent, a]).filter(([, a]) => isNumber(row.credit[a]));
+    paid.sort(([x], [y]) => (y === ui.filters.agent) - (x === ui.filters.agent));
+    return [...paid.slice(0, 3).map(([agent, a]) => this.chip(row, agent, a)), paid.length > 3 ? el("span", null, `+${paid.length - 3}`) : null];
+  }
+
   chip(row, agent, a) {
-    if (!isNumber(row.credit[a])) return null;
     return el("span", { class: "chip", vars: { "--agent": agentColor(a) } }, oneLine(agent, 12), " ", el("b", null, signed(row.credit[a])));
   }
 
@@ -93,7 +101,7 @@ function rolloutsSection(run, load) {
     : run.rollouts.seen ? null : "No episodes are there, so there are no rollouts to show.";
   const place = el("div", { id: "browser" });
   const node = section("rollouts", "Rollouts", lead, place);
-  if (!run.rollouts.shown) return { node, open: () => {} };
+  if (!run.rollouts.shown) return { node, open: () => null, isOpen: () => false };
   let opened = null;
   const open = () => (opened ??= browse(place, load()));
   place.append(el("p", { class: "quiet pending" }, "The rollouts are read when this part comes into sight."));
@@ -104,7 +112,7 @@ function rolloutsSection(run, load) {
     }
   }, { rootMargin: "600px" });
   watcher.observe(place);
-  return { node, open };
+  return { node, open, isOpen: () => opened !== null };
 }
 
 function browse(place, data) {

@@ -82,15 +82,14 @@ function held() {
 
 function render() {
   const restore = held();
-  const wasOpen = Boolean(shared.opened);
+  const wasOpen = shared.browser?.isOpen();
   const run = shared.document.runs[ui.run];
   document.getElementById("top").replaceChildren(...heading(run));
   document.getElementById("nav").replaceChildren(...navigation());
-  const browser = rolloutsSection(run, () => tableOf(ui.run));
-  shared.open = () => (shared.opened = browser.open());
-  document.getElementById("main").replaceChildren(overview(run), learning(run), credit(run), team(run), browser.node, compare(shared.document.runs));
+  shared.browser = rolloutsSection(run, () => tableOf(ui.run));
+  document.getElementById("main").replaceChildren(overview(run), learning(run), credit(run), team(run), shared.browser.node, compare(shared.document.runs));
   document.getElementById("foot").replaceChildren(el("p", { class: "quiet" }, "Written by ccpo. Everything on this page is in this file; texts are the models' own words."));
-  if (wasOpen) shared.open();
+  if (wasOpen) shared.browser.open();
   restore();
   follow();
 }
@@ -113,11 +112,11 @@ function follow() {
 
 // #rollouts/STEP/PROBLEM/N leads to a rollout, #SECTION to a section.
 function route() {
-  if (location.hash === "#compare") shared.open?.(); // what lies above it gets its height before it is scrolled to
+  if (location.hash === "#compare") shared.browser?.open(); // what lies above it gets its height before it is scrolled to
   const match = /^#rollouts\/(\d+\/\d+\/\d+)$/.exec(location.hash);
   if (match) {
     ui.chosen = match[1];
-    shared.open()?.choose?.(match[1]);
+    shared.browser?.open()?.choose(match[1]);
   }
   document.getElementById(match ? "rollouts" : location.hash.slice(1))?.scrollIntoView();
 }
@@ -152,7 +151,7 @@ function start() {
   const theme = remembered("ccpo-theme");
   if (theme === "dark" || theme === "light") root.dataset.theme = theme;
   addEventListener("hashchange", route);
-  addEventListener("beforeprint", () => shared.open?.());
+  addEventListener("beforeprint", () => shared.browser?.open());
   if (root.dataset.mode === "live") {
     poll(null);
     return;

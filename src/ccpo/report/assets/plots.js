@@ -97,7 +97,7 @@ function matrix(agent, [...pairs], color) {
     return { node: el("div", { class: `cell k${kind}`, vars: { "--share": share } }, el("strong", null, percent(share)), el("span", null, KINDS[kind][0])), class: "matrix" };
   };
   const table = dataTable(`${agent}: ${plural(total, "pair")} of a rollout and a play without it`,
-    graded ? [{ label: "" }, { label: "the same" }, { label: "another" }] : [{ label: "" }, { label: `right without ${agent}` }, { label: `wrong without ${agent}` }],
-    graded ? [["right, or better", cell(2), cell(0)], ["not right, or worse", cell(3), cell(1)]] : [["team right", cell(2), cell(0)], ["team wrong", cell(1), cell(3)]], { class: "joint" });
+    graded ? [{ label: "" }, { label: "no difference" }, { label: "a difference" }] : [{ label: "" }, { label: `right without ${agent}` }, { label: `wrong without ${agent}` }],
+    graded ? [["right / better", cell(2), cell(0)], ["wrong / worse", cell(3), cell(1)]] : [["team right", cell(2), cell(0)], ["team wrong", cell(1), cell(3)]], { class: "joint" });
   return el("figure", { class: "jointbox", vars: { "--agent": color } }, table);
 }
