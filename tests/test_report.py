@@ -140,7 +140,7 @@ def test_a_long_text_keeps_its_two_ends(tmp_path: Path):
 
 
 def test_a_sample_keeps_problems_whole_and_in_every_step(tmp_path: Path):
-    sample = Sample(rollouts=60, characters=10**6)
+    sample = Sample(rollouts=60, size=10**6)
     shown_before = None
     for step in range(1, 11):
         path = tmp_path / f"step-{step:06d}.jsonl.gz"
@@ -158,7 +158,7 @@ def test_a_sample_keeps_problems_whole_and_in_every_step(tmp_path: Path):
     assert steps == sorted(steps)
 
 
-def test_a_table_stays_within_its_characters(tmp_path: Path):
+def test_a_table_stays_within_its_size(tmp_path: Path):
     path = tmp_path / "step-000001.jsonl.gz"
     records = [problem_record(random.Random(p), 1, 1, p, 4, 1000) for p in range(60)]
     for record in records:
@@ -167,14 +167,11 @@ def test_a_table_stays_within_its_characters(tmp_path: Path):
                 "".join(random.Random(rollout["n"]).choices('<"\\é', k=400)) + record["problem"]["id"]
             )
     write_steps(path, 1, records)
-    sample = Sample(rollouts=10**6, characters=50_000)
+    sample = Sample(rollouts=10**6, size=50_000)
     sample.add(list(read_groups(path, 1, Notes())))
     table = sample.table(("thinker", "solver"))
     assert 0 < table["shown"] < table["seen"] == 240
-    assert (
-        len(json.dumps({k: table[k] for k in ("agents", "turns", "groups", "rows", "texts")}, ensure_ascii=False))
-        <= 50_000
-    )
+    assert len(to_json({k: table[k] for k in ("agents", "turns", "groups", "rows", "texts")}).encode()) <= 50_000
 
 
 # ---- the graph

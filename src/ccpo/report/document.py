@@ -25,7 +25,7 @@ from ccpo.report.reading import (
     short,
     text,
 )
-from ccpo.report.rollouts import MAX_CHARACTERS, MAX_ROLLOUTS, Sample
+from ccpo.report.rollouts import MAX_BYTES, MAX_ROLLOUTS, Sample
 from ccpo.report.series import columns, evaluations, totals
 from ccpo.report.tally import Tally, credit_summary
 from ccpo.report.warnings import find_warnings
@@ -62,16 +62,14 @@ class RunReader:
         files = [f.recipe, f.metrics, f.evaluations, f.summary, f.episodes, f.failure]
         return tuple(_stamp(path) for path in files)
 
-    def read(
-        self, *, rollouts: int = MAX_ROLLOUTS, characters: int = MAX_CHARACTERS
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The run's document and its table of rollouts, of at most so many rollouts and characters."""
+    def read(self, *, rollouts: int = MAX_ROLLOUTS, size: int = MAX_BYTES) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The run's document and its table of rollouts, of at most so many rollouts and bytes."""
         notes, folder = Notes(), self.folder
         recipe = read_object(folder.path, folder.recipe, notes)
         records = read_records(folder.path, folder.metrics, notes)
         exams = read_records(folder.path, folder.evaluations, notes)
         summary = read_object(folder.path, folder.summary, notes)
-        tallies, sample = self._episodes(notes, Sample(rollouts, characters))
+        tallies, sample = self._episodes(notes, Sample(rollouts, size))
         agents = agents_of(recipe, tallies)
         table = sample.table(agents)
         if table["shown"] < table["seen"]:
@@ -151,7 +149,7 @@ def check_run(folder: RunFolder) -> None:
 
 def build_document(readers: Sequence[RunReader]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The document of several runs, and for each its table of rollouts. The limits of a page are shared between the runs."""
-    each = {"rollouts": MAX_ROLLOUTS // len(readers), "characters": MAX_CHARACTERS // len(readers)}
+    each = {"rollouts": MAX_ROLLOUTS // len(readers), "size": MAX_BYTES // len(readers)}
     runs, tables = zip(*(reader.read(**each) for reader in readers), strict=True)
     now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     return {"version": VERSION, "generated": now, "runs": list(runs)}, list(tables)

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from ccpo.report.episodes import Group, Rollout, Text, Turn
+from ccpo.report.page import to_json
 from ccpo.report.reading import short
 
 MAX_ROLLOUTS = 10_000
-MAX_CHARACTERS = 6_500_000  # of the JSON of all rollouts of a page
+MAX_BYTES = 6_500_000  # of the rollouts of a page, as they stand in it
 
 
 class Sample:
     """Groups of a run, and of more than fit a sample: all rollouts of some problems, chosen by a hash of the problem, so
     that a problem that is kept is kept in every step."""
 
-    def __init__(self, rollouts: int = MAX_ROLLOUTS, characters: int = MAX_CHARACTERS) -> None:
-        self.limits = (rollouts, characters)
+    def __init__(self, rollouts: int = MAX_ROLLOUTS, size: int = MAX_BYTES) -> None:
+        self.limits = (rollouts, size)
         self.kept: list[tuple[bytes, int, Group]] = []
         self.seen = self.held = self.size = 0
 
@@ -33,27 +33,27 @@ class Sample:
         if self.held > 2 * self.limits[0] or self.size > 2 * self.limits[1]:
             self._cut(*self.limits)
 
-    def _cut(self, rollouts: int, characters: int) -> None:
+    def _cut(self, rollouts: int, most: int) -> None:
         """Keep the groups of lowest rank that fit; at least one."""
         self.kept.sort(key=lambda k: (k[0], k[2].step, k[2].place))
         held = size = count = 0
         for _, more, group in self.kept:
-            if count and (held + len(group.rollouts) > rollouts or size + more > characters):
+            if count and (held + len(group.rollouts) > rollouts or size + more > most):
                 break
             held, size, count = held + len(group.rollouts), size + more, count + 1
         self.kept, self.held, self.size = self.kept[:count], held, size
 
     def table(self, agents: Sequence[str]) -> dict[str, Any]:
-        """The rollouts that are kept, in order of step, problem and place, within the limits of characters as JSON."""
+        """The rollouts that are kept, in order of step, problem and place, within the limit of bytes as they stand in the page."""
         self._cut(*self.limits)
-        characters = self.limits[1]
+        most = self.limits[1]
         while True:
             table = _table([group for _, _, group in self.kept], agents)
-            length = len(json.dumps(table, ensure_ascii=False))
+            length = len(to_json(table).encode())
             if length <= self.limits[1] or len(self.kept) == 1:
                 return table | {"seen": self.seen, "shown": len(table["rows"])}
-            characters = int(min(characters, self.size) * 0.9 * self.limits[1] / length)
-            self._cut(self.limits[0], characters)
+            most = int(min(most, self.size) * 0.9 * self.limits[1] / length)
+            self._cut(self.limits[0], most)
 
 
 def _rank(group: Group) -> bytes:

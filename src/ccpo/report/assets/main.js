@@ -88,7 +88,7 @@ function render() {
   document.getElementById("nav").replaceChildren(...navigation());
   shared.browser = rolloutsSection(run, () => tableOf(ui.run));
   document.getElementById("main").replaceChildren(overview(run), learning(run), credit(run), team(run), shared.browser.node, compare(shared.document.runs));
-  document.getElementById("foot").replaceChildren(el("p", { class: "quiet" }, "Written by ccpo. Everything on this page is in this file; texts are the models' own words."));
+  document.getElementById("foot").replaceChildren(el("p", { class: "quiet" }, root.dataset.mode === "live" ? "Served by ccpo watch, from this machine alone; texts are the models' own words." : "Written by ccpo report. Everything on this page is in this file; texts are the models' own words."));
   if (wasOpen) shared.browser.open();
   restore();
   follow();
