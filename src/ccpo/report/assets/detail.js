@@ -55,8 +55,8 @@ function without(data, row, turn) {
 function playBox(data, p) {
   const right = p.reward >= 0.999;
   return el("div", { class: "play" },
-    el("p", null, el("span", { class: `badge ${right ? "right" : "wrong"}` }, right ? "✓" : "✗", el("span", { class: "sr" }, right ? " right" : " wrong")), ` ${num(p.reward, 2)} `,
-      p.answer === null ? el("i", null, "no answer") : el("bdi", null, oneLine(data.string(p.answer), 80)), p.cached ? el("small", { class: "quiet" }, " (reward reused; its text is not kept)") : null),
+    el("p", null, el("span", { class: `badge ${right ? "right" : "wrong"}` }, right ? "✓" : "✗", el("span", { class: "sr" }, right ? " right" : " wrong")), ` reward ${num(p.reward, 2)}, `,
+      p.answer === null ? el("i", null, "no answer") : el("bdi", null, "answer ", el("b", null, oneLine(data.string(p.answer), 80))), p.cached ? el("small", { class: "quiet" }, " (reward reused; its text is not kept)") : null),
     p.turns.map((t) => {
       const turn = data.turn(t.turn);
       return el("div", { class: "replayed", vars: { "--agent": agentColor(turn.place) } }, turnHead(turn, t), message(data.text(t.text)));
