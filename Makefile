@@ -1,4 +1,4 @@
-# make demo: train the demo team.  make test: the fast tests.  make test-all: the slow ones too.
+# make demo: train the demo team and write its report.  make test: the fast tests.  make test-all: the slow ones too.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -20,9 +20,11 @@ $(READY): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/ccpo train demo --set run.dir=runs/demo --set run.overwrite=true
+	$(BIN)/ccpo report runs/demo
 
 vote: setup
 	$(BIN)/ccpo train vote --set run.dir=runs/vote --set run.overwrite=true
+	$(BIN)/ccpo report runs/vote
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"

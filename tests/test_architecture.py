@@ -45,6 +45,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
         PURE | {"credit", "learner", "losses", "pay", "planner", "rollout", "schedule", "tasks", "teams"},
         {"torch", "rich"},
     ),
+    "report": ({"alarms", "errors", "runfolder"}, set()),
 }
 WIRING = {"cli", "__main__"}  # imported by nobody
 TOP = {
@@ -170,5 +171,5 @@ def test_an_import_pulls_in_nothing_heavy():
 
 
 def test_what_needs_no_torch_does_not_load_it():
-    modules = ("ccpo", "ccpo.errors", "ccpo.config", "ccpo.schedule", "ccpo.runfolder")
+    modules = ("ccpo", "ccpo.errors", "ccpo.config", "ccpo.schedule", "ccpo.runfolder", "ccpo.report")
     assert loaded(modules, ("torch",)) == {module: [] for module in modules}

@@ -1,4 +1,4 @@
-"""The command line: ``ccpo train | eval | diagnose | chat | compare | plot | bench | doctor | recipes``.
+"""The command line: ``ccpo train | eval | report | watch | diagnose | chat | compare | plot | bench | doctor | recipes``.
 
 It parses, wires and prints; nothing imports it.
 """
@@ -112,6 +112,32 @@ def evaluate(
     if json is not None:
         write_json(json, {"checkpoint": str(checkpoint), "exam": exam.__dict__, "reports": reports})
         typer.echo(f"Report: {json}")
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="folders of runs; several are laid over one another")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="the file; default: report.html in the run's folder, of several runs here")
+    ] = None,
+) -> None:
+    """Write one page, a file on its own, that shows who earned what."""
+    from ccpo.report import write_report
+
+    typer.echo(f"report: {write_report(runs, out)}")
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="a run's folder; it may still be training")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free")] = 8765,
+) -> None:
+    """Show the page of a run on 127.0.0.1 and follow the training."""
+    from ccpo.report import serve
+
+    serve(run, port, typer.echo)
 
 
 @diagnose.command()

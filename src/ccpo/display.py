@@ -116,6 +116,7 @@ def before_after(result: Result) -> None:
     on_top = (extra + summary["tokens_rating"]) / max(1, joint)
     console.print(f"tokens: {joint:,} joint, {extra:,} counterfactual{rated} ({on_top:.0%} on top)", highlight=False)
     console.print(f"run: {escape(str(result.folder))}", highlight=False)
+    console.print(f"who earned what: ccpo report {escape(str(result.folder))}", highlight=False)
 
 
 def alarm_lines(alarms: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:

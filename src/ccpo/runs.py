@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -87,6 +88,7 @@ def train(
                 "team": describe(setup.team),
                 "objects": given,
                 "made_with": versions(),
+                "commit": commit(),
                 "command": sys.argv,
             }
             folder.write(folder.recipe, made)
@@ -284,6 +286,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
+
+
+def commit() -> str | None:
+    """The commit of the repository in the current folder, with ``-dirty`` where files differ from it; None where there is none."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):  # no git on this machine, or a repository too large to look through
+        return None
+    return done.stdout.strip() or None
 
 
 def open_crew(run: str | Path, **objects: Any) -> tuple[Setup, Crew, Path]:
