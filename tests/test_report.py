@@ -215,6 +215,38 @@ def test_a_circle_does_not_stop_the_drawing():
     assert {t["name"] for t in team_graph(circle, [])["turns"]} == {"a", "b"}
 
 
+# ---- free-riding
+
+
+def test_what_each_agent_contributes_is_shown_where_it_was_measured(run: Path):
+    assert RunReader(run).read()[0]["free_riding"] is None
+    worth = {"mean": 0.25, "low": 0.1, "high": 0.4, "needed": 300}
+    report = {
+        "problems": 40,
+        "checkpoint": "step-000006",
+        "data": "heldout",
+        "agents": {
+            "thinker": {"removal": worth, "blank": {"mean": "x"}, "replay": None, "verdict": "helps"},
+            "solver": 3,
+        },
+        "untold": ["nothing of replay", 7],
+    }
+    (run / "free_riding.json").write_text(json.dumps(report))
+    found = RunReader(run).read()[0]["free_riding"]
+    assert found["agents"][0] == {
+        "agent": "thinker",
+        "verdict": "helps",
+        "removal": [0.25, 0.1, 0.4],
+        "blank": None,
+        "replay": None,
+        "shapley": None,
+    }
+    assert found["agents"][1]["removal"] is None and found["untold"] == ["nothing of replay"]
+    (run / "free_riding.json").write_text("[")
+    assert RunReader(run).read()[0]["free_riding"] is None
+    (run / "free_riding.json").unlink()
+
+
 # ---- alarms
 
 

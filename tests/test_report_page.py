@@ -33,6 +33,9 @@ def browser() -> Iterator[Any]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("page")
     runs = [write_run(folder / name, name=name, seed=seed) for seed, name in enumerate(("first", "second"))]
+    worth = {"mean": 0.25, "low": 0.125, "high": 0.375}
+    agents = {"thinker": {"removal": worth, "verdict": "helps"}, "<b>": {"verdict": "free-rides"}}
+    (runs[0] / "free_riding.json").write_text(json.dumps({"problems": 40, "agents": agents, "untold": ["replay"]}))
     return f"file://{write_report(runs, folder / 'report.html')}"
 
 
@@ -69,6 +72,12 @@ def test_every_section_is_there_and_linked(shown: Any):
         assert -5 < box["y"] < 700, name
         shown.wait_for_selector(f"#nav a[aria-current]:text-is('{name}')")
     assert shown.title() == "first · ccpo report"
+
+
+def test_who_coasts_is_told_where_it_was_measured(shown: Any):
+    text = shown.inner_text("#free-riding")
+    for part in ("40 problems", "thinker", "0.250", "helps", "<b>", "free-rides", "Not told: replay"):
+        assert part in text
 
 
 def test_the_overview_tells_what_came_of_it(shown: Any):

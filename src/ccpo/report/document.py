@@ -12,6 +12,8 @@ from typing import Any
 
 from ccpo.errors import UserError
 from ccpo.report.episodes import Group, read_groups
+from ccpo.report.free_riding import FILE as FREE_RIDING
+from ccpo.report.free_riding import read_free_riding
 from ccpo.report.graph import agents_of, team_graph
 from ccpo.report.reading import (
     Notes,
@@ -59,7 +61,7 @@ class RunReader:
     def stamp(self) -> tuple[Any, ...]:
         """Changes when a file changes that the document is made of."""
         f = self.folder
-        files = [f.recipe, f.metrics, f.evaluations, f.summary, f.episodes, f.failure]
+        files = [f.recipe, f.metrics, f.evaluations, f.summary, f.episodes, f.failure, f.path / FREE_RIDING]
         return tuple(_stamp(path) for path in files)
 
     def read(self, *, rollouts: int = MAX_ROLLOUTS, size: int = MAX_BYTES) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -91,6 +93,7 @@ class RunReader:
             "credit": credit_summary(tallies, agents) if tallies else [],
             "graph": team_graph(recipe, tallies),
             "rollouts": {"seen": table["seen"], "shown": table["shown"]},
+            "free_riding": read_free_riding(folder, notes),
             "warnings": find_warnings(folder, notes),
         }
         return document | {"notes": notes.sentences()}, table

@@ -27,6 +27,7 @@ SCRIPTS = (
     "plots",
     "overview",
     "learning",
+    "free_riding",
     "credit",
     "team",
     "table",

@@ -76,7 +76,7 @@ function verdict(team, blank) {
 const lowest = (run) => Math.min(0, ...run.agents.flatMap((a) => (own(run.metrics.values, `credit/${a}/shared_corr`) || []).filter(isNumber)));
 
 function credit(run) {
-  if (!run.credit.length) return section("credit", "Credit", "No episodes are there yet, so credit cannot be shown.", lazyTest(run));
+  if (!run.credit.length) return section("credit", "Credit", "No episodes are there yet, so credit cannot be shown.", lazyTest(run), freeRiding(run));
   const place = el("div", { id: "credit-window", "aria-live": "off" });
   const show = (i) => {
     ui.window = i;
@@ -89,5 +89,5 @@ function credit(run) {
     { id: "shared-corr", title: "Correlation with shared reward", note: "of advantages; at 1 the counterfactual says nothing", range: [lowest(run) < 0 ? -1 : 0, 1], series: perAgent(run, "credit", "shared_corr") },
     { id: "signal", title: "Without signal", note: "share of problems whose advantages are all 0", range: [0, 1], format: percent, series: perAgent(run, "credit", "no_signal") },
   ].map(lineChart).filter(Boolean);
-  return section("credit", "Credit", null, windowPicker(run, ui.window, "Steps", show), place, lazyTest(run), rates.length ? el("h3", null, "Over the steps") : null, el("div", { class: "charts" }, rates));
+  return section("credit", "Credit", null, windowPicker(run, ui.window, "Steps", show), place, lazyTest(run), freeRiding(run), rates.length ? el("h3", null, "Over the steps") : null, el("div", { class: "charts" }, rates));
 }
