@@ -29,7 +29,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "config": ({"errors", "explain", "plain_yaml"}, {"pydantic", "yaml"}),
     "schedule": ({"errors"}, set()),
     "runfolder": ({"errors"}, set()),
-    "loggers": ({"errors"}, TORCH),
+    "loggers": ({"errors"}, TORCH | {"tensorboard"}),
     "credit": (PURE, TORCH),
     "losses": (PURE, TORCH),
     "teams": (PURE | BASE, None),

@@ -6,10 +6,11 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ccpo.alarms.base import Moments, Shape
 from ccpo.alarms.texts import MIN_COPY, copied_from, folded, gives_away, says_nothing
-from ccpo.rollout import ballots_of, reproduces
+from ccpo.rollout import Ballots, ballots_of, reproduces
 from ccpo.types import FinishReason, Group, Rollout, Turn
 
 PASSED = 0.999
@@ -20,6 +21,9 @@ EXPLODED = 20.0
 """Size of a normalised signal from which on its normalisation has broken down; or what the step's size allows, if that is more. Among n values none
 is further than sqrt(n) of their own standard deviations from their mean, and a reward over its mean among N is at most N: beyond that, what
 it was divided by is not theirs."""
+
+READ = 4
+"""Rollouts of a problem whose texts are read, or a few more. Problems are what counts, and reading costs time."""
 
 PerAgent = Mapping[str, Sequence[Sequence[float | None]]]
 """Credit or advantages by agent, then problem, then rollout; None is a value that was not finite."""
@@ -62,37 +66,39 @@ def _votes(shape: Shape, groups: Sequence[Group], values: dict[str, list[float]]
     ballots = ballots_of(rollouts, shape.voters, shape.vote)
     if ballots is None or not reproduces(ballots, rollouts):
         return
-    agents = list(dict.fromkeys(shape.voters.values()))
-    without = {agent: reward_B.tolist() for agent, reward_B in ballots.without_each().items()}
-    place = 0
-    for group in groups:
-        N = len(group.rollouts)
-        rewards = [rollout.reward for rollout in group.rollouts]
-        effect = {}
-        for agent in agents:
-            deltas = [r - w for r, w in zip(rewards, without[agent][place : place + N], strict=True)]
-            effect[agent] = math.fsum(deltas) / N
-            values[f"effect/{agent}"].append(effect[agent])
-            values[f"changed/{agent}"].append(sum(abs(d) > 1e-9 for d in deltas) / N)
-        total = math.fsum(effect.values())
-        if len(agents) > 1:
-            for agent in agents:
-                rest = (total - effect[agent]) / (len(agents) - 1)
-                values[f"relative/{agent}"].append(effect[agent] - rest)
-        _wins(shape, group.rollouts, values)
-        place += N
+    without = ballots.without_each()
+    paid_B = ballots.count()
+    sizes = [len(group.rollouts) for group in groups]
+    loss = {agent: paid_B - reward_B for agent, reward_B in without.items()}
+    effect = {agent: _by_problem(loss_B, sizes) for agent, loss_B in loss.items()}
+    for agent, loss_B in loss.items():
+        values[f"effect/{agent}"] = effect[agent]
+        values[f"changed/{agent}"] = _by_problem(loss_B.abs() > 1e-9, sizes)
+        others = [effect[other] for other in effect if other != agent]
+        if others:
+            values[f"relative/{agent}"] = [
+                own - math.fsum(rest) / len(rest) for own, *rest in zip(effect[agent], *others, strict=True)
+            ]
+    _wins(ballots, sizes, values)
 
 
-def _wins(shape: Shape, rollouts: Sequence[Rollout], values: dict[str, list[float]]) -> None:
-    contested = [r for r in rollouts if r.answer is not None and len({r.answers[t] for t in shape.voters}) > 1]
-    if not contested:
-        return
-    won: dict[str, int] = dict.fromkeys(shape.voters.values(), 0)
-    for rollout in contested:
-        for agent in {agent for turn, agent in shape.voters.items() if rollout.answers[turn] == rollout.answer}:
-            won[agent] += 1
-    for agent, count in won.items():
-        values[f"won/{agent}"].append(count / len(contested))
+def _wins(ballots: Ballots, sizes: Sequence[int], values: dict[str, list[float]]) -> None:
+    """``won/AGENT`` over the contested votes of each problem that has some."""
+    answer_BK = ballots.answer_BK
+    contested_B = (answer_BK != answer_BK[:, :1]).any(1) & (ballots.chosen_B >= 0)
+    share = _by_problem(contested_B, sizes)
+    for agent in dict.fromkeys(ballots.voters):
+        own = [k for k, voter in enumerate(ballots.voters) if voter == agent]
+        won_B = (answer_BK[:, own] == ballots.chosen_B[:, None]).any(1) & contested_B
+        won = _by_problem(won_B, sizes)
+        values[f"won/{agent}"] = [w / c for w, c in zip(won, share, strict=True) if c > 0]
+
+
+def _by_problem(value_B: Any, sizes: Sequence[int]) -> list[float]:
+    """Means of a tensor over the rollouts of each problem."""
+    if len(set(sizes)) == 1:
+        return value_B.double().view(len(sizes), -1).mean(1).tolist()
+    return [part.double().mean().item() for part in value_B.split(list(sizes))]
 
 
 def _texts(shape: Shape, group: Group, values: dict[str, list[float]], keys: dict[str, set[str]]) -> None:
@@ -101,7 +107,7 @@ def _texts(shape: Shape, group: Group, values: dict[str, list[float]], keys: dic
     counts: dict[str, _Count] = {}
     problem = folded(group.problem.text)
     read = unread = empty = 0
-    for rollout in group.rollouts:
+    for rollout in group.rollouts[:: max(1, len(group.rollouts) // READ)]:
         judged = rollout.scores or {turn.name: 0.0 for turn in rollout.turns[-1:]}
         heard: list[tuple[str, str]] = []
         for turn in rollout.turns:
