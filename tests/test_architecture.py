@@ -36,7 +36,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "tasks": (PURE | BASE, None),
     "engines": (PURE | BASE | {"families"}, None),
     "rollout": (PURE | BASE | {"teams", "tasks", "engines"}, TORCH),
-    "alarms": (PURE | {"rollout", "runfolder"}, set()),
+    "alarms": (PURE | {"rollout", "runfolder"}, TORCH),
     "learner": (PURE | BASE | {"families", "losses"}, None),
     "diagnose": (
         PURE | {"credit", "learner", "losses", "pay", "planner", "rollout", "schedule", "tasks", "teams"},

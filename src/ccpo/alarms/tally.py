@@ -6,11 +6,13 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import torch
+from torch import Tensor
 
 from ccpo.alarms.base import Moments, Shape
 from ccpo.alarms.texts import MIN_COPY, copied_from, folded, gives_away, says_nothing
-from ccpo.rollout import Ballots, ballots_of, reproduces
+from ccpo.rollout import Ballots, ballots_of
 from ccpo.types import FinishReason, Group, Rollout, Turn
 
 PASSED = 0.999
@@ -22,8 +24,11 @@ EXPLODED = 20.0
 is further than sqrt(n) of their own standard deviations from their mean, and a reward over its mean among N is at most N: beyond that, what
 it was divided by is not theirs."""
 
+DRIFT = 0.01
+"""Nats of KL a token between engine and learner: after 100 tokens the sequence's probability is off by a factor of e. Rounding alone in bfloat16
+gives 1e-4 to 1e-3."""
 READ = 4
-"""Rollouts of a problem whose texts are read, or a few more. Problems are what counts, and reading costs time."""
+"""Rollouts of a problem whose texts are read and whose votes are counted again, or a few more. Problems are what counts, and reading costs time."""
 
 PerAgent = Mapping[str, Sequence[Sequence[float | None]]]
 """Credit or advantages by agent, then problem, then rollout; None is a value that was not finite."""
@@ -49,6 +54,11 @@ def tally(
     return found | _from_metrics(shape, len(groups), metrics)
 
 
+def _some(group: Group) -> Sequence[Rollout]:
+    """The rollouts that are looked at closely, from all parts of the group."""
+    return group.rollouts[:: max(1, len(group.rollouts) // READ)]
+
+
 def _effects(group: Group, reward: float, values: dict[str, list[float]]) -> None:
     """``effect/AGENT``: the mean reward of the problem, less that without the agent."""
     without: dict[str, list[float]] = {}
@@ -62,23 +72,22 @@ def _effects(group: Group, reward: float, values: dict[str, list[float]]) -> Non
 def _votes(shape: Shape, groups: Sequence[Group], values: dict[str, list[float]]) -> None:
     """By voter, from a re-count of every vote: ``effect``; ``changed``, how often its absence changes the reward; ``relative``, its effect
     less the others'; ``won``, how often its answer is the team's where the voters are not of one mind."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    looked_at = [_some(group) for group in groups]
+    rollouts = [rollout for chosen in looked_at for rollout in chosen]
     ballots = ballots_of(rollouts, shape.voters, shape.vote)
-    if ballots is None or not reproduces(ballots, rollouts):
+    if ballots is None:
         return
     without = ballots.without_each()
-    paid_B = ballots.count()
-    sizes = [len(group.rollouts) for group in groups]
-    loss = {agent: paid_B - reward_B for agent, reward_B in without.items()}
-    effect = {agent: _by_problem(loss_B, sizes) for agent, loss_B in loss.items()}
-    for agent, loss_B in loss.items():
-        values[f"effect/{agent}"] = effect[agent]
-        values[f"changed/{agent}"] = _by_problem(loss_B.abs() > 1e-9, sizes)
-        others = [effect[other] for other in effect if other != agent]
-        if others:
-            values[f"relative/{agent}"] = [
-                own - math.fsum(rest) / len(rest) for own, *rest in zip(effect[agent], *others, strict=True)
-            ]
+    sizes = list(map(len, looked_at))
+    paid_B = ballots.score_BK.new_tensor([rollout.reward for rollout in rollouts])
+    loss_KB = paid_B - torch.stack(list(without.values()))
+    effects, changes = _by_problem(loss_KB, sizes), _by_problem((loss_KB.abs() > 1e-9).double(), sizes)
+    total = [math.fsum(effect) for effect in zip(*effects, strict=True)]
+    for agent, effect, changed in zip(without, effects, changes, strict=True):
+        values[f"effect/{agent}"], values[f"changed/{agent}"] = effect, changed
+        if len(without) > 1:
+            rest = len(without) - 1
+            values[f"relative/{agent}"] = [own - (t - own) / rest for own, t in zip(effect, total, strict=True)]
     _wins(ballots, sizes, values)
 
 
@@ -86,19 +95,21 @@ def _wins(ballots: Ballots, sizes: Sequence[int], values: dict[str, list[float]]
     """``won/AGENT`` over the contested votes of each problem that has some."""
     answer_BK = ballots.answer_BK
     contested_B = (answer_BK != answer_BK[:, :1]).any(1) & (ballots.chosen_B >= 0)
-    share = _by_problem(contested_B, sizes)
-    for agent in dict.fromkeys(ballots.voters):
-        own = [k for k, voter in enumerate(ballots.voters) if voter == agent]
-        won_B = (answer_BK[:, own] == ballots.chosen_B[:, None]).any(1) & contested_B
-        won = _by_problem(won_B, sizes)
-        values[f"won/{agent}"] = [w / c for w, c in zip(won, share, strict=True) if c > 0]
+    if not contested_B.any():
+        return
+    agents = list(dict.fromkeys(ballots.voters))
+    won_BK = (answer_BK == ballots.chosen_B[:, None]) & contested_B[:, None]
+    own = [won_BK[:, [voter == agent for voter in ballots.voters]].any(1) for agent in agents]
+    share, *won = _by_problem(torch.stack([contested_B, *own]).double(), sizes)
+    for agent, wins in zip(agents, won, strict=True):
+        values[f"won/{agent}"] = [w / c for w, c in zip(wins, share, strict=True) if c > 0]
 
 
-def _by_problem(value_B: Any, sizes: Sequence[int]) -> list[float]:
-    """Means of a tensor over the rollouts of each problem."""
+def _by_problem(value_XB: Tensor, sizes: Sequence[int]) -> list[list[float]]:
+    """Means over the rollouts of each problem, a row each."""
     if len(set(sizes)) == 1:
-        return value_B.double().view(len(sizes), -1).mean(1).tolist()
-    return [part.double().mean().item() for part in value_B.split(list(sizes))]
+        return value_XB.view(len(value_XB), len(sizes), -1).mean(2).tolist()
+    return torch.stack([part.mean(1) for part in value_XB.split(list(sizes), dim=1)], dim=1).tolist()
 
 
 def _texts(shape: Shape, group: Group, values: dict[str, list[float]], keys: dict[str, set[str]]) -> None:
@@ -107,7 +118,7 @@ def _texts(shape: Shape, group: Group, values: dict[str, list[float]], keys: dic
     counts: dict[str, _Count] = {}
     problem = folded(group.problem.text)
     read = unread = empty = 0
-    for rollout in group.rollouts[:: max(1, len(group.rollouts) // READ)]:
+    for rollout in _some(group):
         judged = rollout.scores or {turn.name: 0.0 for turn in rollout.turns[-1:]}
         heard: list[tuple[str, str]] = []
         for turn in rollout.turns:
@@ -187,9 +198,12 @@ def _from_metrics(shape: Shape, problems: int, metrics: Mapping[str, float]) -> 
     """Figures that a step's metrics have: a share of its problems, or one number for the step."""
     found: dict[str, Moments] = {}
     for agent in shape.agents:
-        for name, key in (("same", f"credit/{agent}/same_as_shared"), ("drift", f"actor/{agent}/mismatch_k3")):
-            if key in metrics:
-                found[f"{name}/{agent}"] = Moments.of([metrics[key]])
+        same, drift = metrics.get(f"credit/{agent}/same_as_shared"), metrics.get(f"actor/{agent}/mismatch_k3")
+        if same is not None:
+            found[f"same/{agent}"] = Moments.of([same])
+        if drift is not None:
+            found[f"drift/{agent}"] = Moments.of([drift])
+            found[f"drifted/{agent}"] = Moments.of([float(drift > DRIFT)])
         silent = metrics.get(f"credit/{agent}/no_signal")
         if silent is not None and problems:
             found[f"silent/{agent}"] = Moments(problems, silent * problems, silent * problems)

@@ -143,10 +143,12 @@ def _bar(axis: Any, place: float, method: Method, agent: str | None) -> None:
 
 
 def _helpers(methods: Sequence[Method]) -> list[str]:
-    """Agents without which some team still has an answer."""
-    reports = [dict(run.last_with)["blank"]["blank"] for m in methods for run in m.runs]
-    named = dict.fromkeys(agent for report in reports for agent in report)
-    return [agent for agent in named if any(report.get(agent, {"mean": 0.0})["mean"] > 0 for report in reports)]
+    """All agents but those that decide alone, without whom there is no answer."""
+    found: dict[str, None] = {}
+    for run in (run for m in methods for run in m.runs):
+        decider = run.team["decider"] if run.team else None
+        found |= dict.fromkeys(agent for agent in dict(run.last_with)["blank"]["blank"] if agent != decider)
+    return list(found)
 
 
 def _ablated(method: Method, kind: str, agent: str | None) -> Estimate | None:
