@@ -71,6 +71,28 @@ def test_the_summary_has_the_promised_keys(trained):
     assert set(promised.split()) <= summary.keys()
 
 
+def test_what_goes_wrong_who_helps_and_figures(trained):
+    folder, cache = trained
+    done = ccpo("diagnose", "alarms", "runs/demo", "--json", "alarms.json", cwd=folder, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "alarms: none" in done.stdout  # two steps are too few to say anything
+    assert json.loads((folder / "alarms.json").read_text()) == []
+    little = ("--problems", "4", "--samples", "2", "--replayed", "2", "--replays", "2")
+    done = ccpo("diagnose", "free-riding", "runs/demo", *little, "--json", "fr.json", cwd=folder, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert json.loads((folder / "fr.json").read_text()) == json.loads(
+        (folder / "runs/demo/free_riding.json").read_text()
+    )
+    log = "runs/demo/episodes/step-000001.jsonl.gz"
+    done = ccpo("diagnose", "free-riding", log, cwd=folder, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "decides" in done.stdout
+    done = ccpo("plot", "runs/demo", "--kind", "lazy", "--out", "lazy.pdf", cwd=folder, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "lazy.pdf").read_bytes().startswith(b"%PDF")
+
+
 def test_eval_chat_resume_doctor_and_recipes(trained):
     folder, cache = trained
     done = ccpo("eval", "runs/demo", "--samples", "2", "--problems", "5", "--json", "out.json", cwd=folder, cache=cache)
@@ -131,6 +153,11 @@ def test_eval_reads_a_file_of_the_users(trained):
         (["train", "demo", "--steps", "3"], "--resume"),
         (["eval", "runs/none"], "recipe.json"),
         (["chat", "runs/none", "hi"], "recipe.json"),
+        (["diagnose", "alarms", "runs/none"], "recipe.json"),
+        (["diagnose", "free-riding", "runs/none"], "neither a run's folder nor a file"),
+        (["plot", "runs/none", "--kind", "curve", "--out", "a.pdf"], "Did you mean 'curves'"),
+        (["plot", "runs/none", "--kind", "curves", "--out", "a.docx"], ".pdf, .svg, .png"),
+        (["plot", "runs/none", "--kind", "curves", "--out", "a.pdf"], "recipe.json"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )

@@ -351,3 +351,17 @@ def test_a_report_of_a_log_is_read_from_the_same_table(tmp_path):
     console = Console(width=80, record=True, force_terminal=False)
     free_riding_table(free_riding_of_log(log, 0.05), console)
     assert "planner  1.00 ± 1.00" in console.export_text()
+
+
+def test_names_in_a_log_cannot_drive_the_terminal(tmp_path):
+    header = {
+        "schema": "ccpo.episodes/1",
+        "team": {"agents": ["\x1b[2Jplanner", "[red]writer"], "decider": "[red]writer"},
+    }
+    lines = [asked(i, [1.0], [0.0], removed="\x1b[2Jplanner") for i in range(3)]
+    report = free_riding(write(tmp_path / "log.jsonl", header, *lines))
+    console = Console(width=80, record=True, force_terminal=False)
+    free_riding_table(report, console)
+    text = console.export_text()
+    assert "\x1b" not in text
+    assert "[red]writer" in text

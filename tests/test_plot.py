@@ -145,6 +145,12 @@ def test_bars_are_the_teams_and_those_with_an_agent_blank(runs):
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == ["team", "thinker blank"]
 
 
+@pytest.mark.parametrize("kind", ["lazy", "frontier"])
+def test_a_team_that_is_never_right_has_figures_too(tmp_path, kind):
+    never = trained(tmp_path / "never", PAIR, solver(0.0), steps=1)
+    assert plot([never.path], kind, tmp_path / "a.svg").is_file()
+
+
 def test_the_frontier_is_what_nobody_beats_at_its_cost():
     assert figures.pareto([(3, 0.9), (1, 0.5), (2, 0.4), (4, 0.9), (1, 0.3)]) == [(1, 0.5), (3, 0.9)]
     assert figures.pareto([(1, 0.5)]) == [(1, 0.5)]

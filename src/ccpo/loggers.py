@@ -26,14 +26,18 @@ class Sink(Protocol):
 
 
 class TensorBoardSink:
-    def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    """All figures of a step in one event, which costs a tenth of an event for each."""
 
-        self.writer = SummaryWriter(str(folder))
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard import FileWriter
+
+        self.summary = Summary
+        self.writer = FileWriter(str(folder))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+        values = [self.summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        self.writer.add_summary(self.summary(value=values), step)
 
     def close(self) -> None:
         self.writer.close()

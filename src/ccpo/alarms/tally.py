@@ -7,9 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from ccpo.alarms.base import Moments, Shape
 from ccpo.alarms.texts import MIN_COPY, copied_from, folded, gives_away, says_nothing
-from ccpo.rollout import ballots_of, reproduces
+from ccpo.rollout import Ballots, ballots_of
 from ccpo.types import FinishReason, Group, Rollout, Turn
 
 PASSED = 0.999
@@ -20,6 +23,12 @@ EXPLODED = 20.0
 """Size of a normalised signal from which on its normalisation has broken down; or what the step's size allows, if that is more. Among n values none
 is further than sqrt(n) of their own standard deviations from their mean, and a reward over its mean among N is at most N: beyond that, what
 it was divided by is not theirs."""
+
+DRIFT = 0.01
+"""Nats of KL a token between engine and learner: after 100 tokens the sequence's probability is off by a factor of e. Rounding alone in bfloat16
+gives 1e-4 to 1e-3."""
+READ = 4
+"""Rollouts of a problem whose texts are read and whose votes are counted again, or a few more. Problems are what counts, and reading costs time."""
 
 PerAgent = Mapping[str, Sequence[Sequence[float | None]]]
 """Credit or advantages by agent, then problem, then rollout; None is a value that was not finite."""
@@ -45,6 +54,11 @@ def tally(
     return found | _from_metrics(shape, len(groups), metrics)
 
 
+def _some(group: Group) -> Sequence[Rollout]:
+    """The rollouts that are looked at closely, from all parts of the group."""
+    return group.rollouts[:: max(1, len(group.rollouts) // READ)]
+
+
 def _effects(group: Group, reward: float, values: dict[str, list[float]]) -> None:
     """``effect/AGENT``: the mean reward of the problem, less that without the agent."""
     without: dict[str, list[float]] = {}
@@ -58,41 +72,44 @@ def _effects(group: Group, reward: float, values: dict[str, list[float]]) -> Non
 def _votes(shape: Shape, groups: Sequence[Group], values: dict[str, list[float]]) -> None:
     """By voter, from a re-count of every vote: ``effect``; ``changed``, how often its absence changes the reward; ``relative``, its effect
     less the others'; ``won``, how often its answer is the team's where the voters are not of one mind."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    looked_at = [_some(group) for group in groups]
+    rollouts = [rollout for chosen in looked_at for rollout in chosen]
     ballots = ballots_of(rollouts, shape.voters, shape.vote)
-    if ballots is None or not reproduces(ballots, rollouts):
+    if ballots is None:
         return
-    agents = list(dict.fromkeys(shape.voters.values()))
-    without = {agent: reward_B.tolist() for agent, reward_B in ballots.without_each().items()}
-    place = 0
-    for group in groups:
-        N = len(group.rollouts)
-        rewards = [rollout.reward for rollout in group.rollouts]
-        effect = {}
-        for agent in agents:
-            deltas = [r - w for r, w in zip(rewards, without[agent][place : place + N], strict=True)]
-            effect[agent] = math.fsum(deltas) / N
-            values[f"effect/{agent}"].append(effect[agent])
-            values[f"changed/{agent}"].append(sum(abs(d) > 1e-9 for d in deltas) / N)
-        total = math.fsum(effect.values())
-        if len(agents) > 1:
-            for agent in agents:
-                rest = (total - effect[agent]) / (len(agents) - 1)
-                values[f"relative/{agent}"].append(effect[agent] - rest)
-        _wins(shape, group.rollouts, values)
-        place += N
+    without = ballots.without_each()
+    sizes = list(map(len, looked_at))
+    paid_B = ballots.score_BK.new_tensor([rollout.reward for rollout in rollouts])
+    loss_KB = paid_B - torch.stack(list(without.values()))
+    effects, changes = _by_problem(loss_KB, sizes), _by_problem((loss_KB.abs() > 1e-9).double(), sizes)
+    total = [math.fsum(effect) for effect in zip(*effects, strict=True)]
+    for agent, effect, changed in zip(without, effects, changes, strict=True):
+        values[f"effect/{agent}"], values[f"changed/{agent}"] = effect, changed
+        if len(without) > 1:
+            rest = len(without) - 1
+            values[f"relative/{agent}"] = [own - (t - own) / rest for own, t in zip(effect, total, strict=True)]
+    _wins(ballots, sizes, values)
 
 
-def _wins(shape: Shape, rollouts: Sequence[Rollout], values: dict[str, list[float]]) -> None:
-    contested = [r for r in rollouts if r.answer is not None and len({r.answers[t] for t in shape.voters}) > 1]
-    if not contested:
+def _wins(ballots: Ballots, sizes: Sequence[int], values: dict[str, list[float]]) -> None:
+    """``won/AGENT`` over the contested votes of each problem that has some."""
+    answer_BK = ballots.answer_BK
+    contested_B = (answer_BK != answer_BK[:, :1]).any(1) & (ballots.chosen_B >= 0)
+    if not contested_B.any():
         return
-    won: dict[str, int] = dict.fromkeys(shape.voters.values(), 0)
-    for rollout in contested:
-        for agent in {agent for turn, agent in shape.voters.items() if rollout.answers[turn] == rollout.answer}:
-            won[agent] += 1
-    for agent, count in won.items():
-        values[f"won/{agent}"].append(count / len(contested))
+    agents = list(dict.fromkeys(ballots.voters))
+    won_BK = (answer_BK == ballots.chosen_B[:, None]) & contested_B[:, None]
+    own = [won_BK[:, [voter == agent for voter in ballots.voters]].any(1) for agent in agents]
+    share, *won = _by_problem(torch.stack([contested_B, *own]).double(), sizes)
+    for agent, wins in zip(agents, won, strict=True):
+        values[f"won/{agent}"] = [w / c for w, c in zip(wins, share, strict=True) if c > 0]
+
+
+def _by_problem(value_XB: Tensor, sizes: Sequence[int]) -> list[list[float]]:
+    """Means over the rollouts of each problem, a row each."""
+    if len(set(sizes)) == 1:
+        return value_XB.view(len(value_XB), len(sizes), -1).mean(2).tolist()
+    return torch.stack([part.mean(1) for part in value_XB.split(list(sizes), dim=1)], dim=1).tolist()
 
 
 def _texts(shape: Shape, group: Group, values: dict[str, list[float]], keys: dict[str, set[str]]) -> None:
@@ -101,7 +118,7 @@ def _texts(shape: Shape, group: Group, values: dict[str, list[float]], keys: dic
     counts: dict[str, _Count] = {}
     problem = folded(group.problem.text)
     read = unread = empty = 0
-    for rollout in group.rollouts:
+    for rollout in _some(group):
         judged = rollout.scores or {turn.name: 0.0 for turn in rollout.turns[-1:]}
         heard: list[tuple[str, str]] = []
         for turn in rollout.turns:
@@ -181,9 +198,12 @@ def _from_metrics(shape: Shape, problems: int, metrics: Mapping[str, float]) -> 
     """Figures that a step's metrics have: a share of its problems, or one number for the step."""
     found: dict[str, Moments] = {}
     for agent in shape.agents:
-        for name, key in (("same", f"credit/{agent}/same_as_shared"), ("drift", f"actor/{agent}/mismatch_k3")):
-            if key in metrics:
-                found[f"{name}/{agent}"] = Moments.of([metrics[key]])
+        same, drift = metrics.get(f"credit/{agent}/same_as_shared"), metrics.get(f"actor/{agent}/mismatch_k3")
+        if same is not None:
+            found[f"same/{agent}"] = Moments.of([same])
+        if drift is not None:
+            found[f"drift/{agent}"] = Moments.of([drift])
+            found[f"drifted/{agent}"] = Moments.of([float(drift > DRIFT)])
         silent = metrics.get(f"credit/{agent}/no_signal")
         if silent is not None and problems:
             found[f"silent/{agent}"] = Moments(problems, silent * problems, silent * problems)

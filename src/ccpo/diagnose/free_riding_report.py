@@ -22,7 +22,7 @@ def free_riding_table(report: Mapping[str, Any], console: Console | None = None)
     """Print a report of ``docs/free-riding.md``."""
     console = console or Console()
     console.print(
-        escape(
+        _shown(
             f"{report['source']}: {report['problems']} problems × {report['samples']:g} rollouts; team {_number(report['team'])}"
         ),
         highlight=False,
@@ -37,7 +37,7 @@ def free_riding_table(report: Mapping[str, Any], console: Console | None = None)
         needs = found["removal"] or found["blank"]
         word = found["verdict"]
         table.add_row(
-            escape(agent),
+            _shown(agent),
             *(_number(found[column]) for column in COLUMNS),
             f"{needs['needed']:,}" if needs else "–",
             word,
@@ -46,7 +46,12 @@ def free_riding_table(report: Mapping[str, Any], console: Console | None = None)
     console.print(table)
     console.print(LEGEND.format(half_width=report["half_width"]), style="dim", highlight=False)
     for line in report["untold"]:
-        console.print(escape(f"Not told: {line}." if not line.endswith(".") else line), highlight=False)
+        console.print(_shown(f"Not told: {line}."), highlight=False)
+
+
+def _shown(text: str) -> str:
+    """Text of a log, which anybody may have written, without what could drive the terminal."""
+    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
 def _number(worth: Mapping[str, float] | None) -> str:

@@ -135,18 +135,19 @@ def lazy(methods: Sequence[Method]) -> Any:
 def _bar(axis: Any, place: float, method: Method, agent: str | None) -> None:
     estimate = _ablated(method, "blank", agent)
     axis.barh(place, estimate.value, height=0.78, color=DARK if agent is None else PALETTE[0], alpha=0.85)
-    reach = [[estimate.value - estimate.low], [estimate.high - estimate.value]]
-    axis.errorbar(estimate.value, place, xerr=reach, fmt="none", ecolor="black", elinewidth=0.9, capsize=2)
+    axis.errorbar(estimate.value, place, xerr=_reach(estimate), fmt="none", ecolor="black", elinewidth=0.9, capsize=2)
     dropped = _ablated(method, "without", agent) if agent else None
     if dropped is not None:
         axis.plot(dropped.value, place, marker="D", color="white", markeredgecolor="black", markersize=4)
 
 
 def _helpers(methods: Sequence[Method]) -> list[str]:
-    """Agents without which some team still has an answer."""
-    reports = [dict(run.last_with)["blank"]["blank"] for m in methods for run in m.runs]
-    named = dict.fromkeys(agent for report in reports for agent in report)
-    return [agent for agent in named if any(report.get(agent, {"mean": 0.0})["mean"] > 0 for report in reports)]
+    """All agents but those that decide alone, without whom there is no answer."""
+    found: dict[str, None] = {}
+    for run in (run for m in methods for run in m.runs):
+        decider = run.team["decider"] if run.team else None
+        found |= dict.fromkeys(agent for agent in dict(run.last_with)["blank"]["blank"] if agent != decider)
+    return list(found)
 
 
 def _ablated(method: Method, kind: str, agent: str | None) -> Estimate | None:
@@ -186,7 +187,7 @@ def _frontier(axis: Any, methods: Sequence[Method], title: str, cost: Any) -> No
         axis.errorbar(
             x,
             estimate.value,
-            yerr=[[estimate.value - estimate.low], [estimate.high - estimate.value]],
+            yerr=_reach(estimate),
             marker=MARKERS[place % len(MARKERS)],
             markersize=6,
             color=look(place)["color"],
@@ -229,6 +230,11 @@ def _estimate(intervals: Sequence[Mapping[str, float]]) -> Estimate | None:
         (one,) = intervals
         return Estimate(value=one["mean"], low=one["low"], high=one["high"], runs=1)
     return iqm_estimate([[i["mean"] for i in intervals]])
+
+
+def _reach(estimate: Estimate) -> list[list[float]]:
+    """Lengths of an error bar to both sides; an interval that ends at its mean may miss it by rounding."""
+    return [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
 
 
 def _unit(tokens: float) -> tuple[float, str]:

@@ -17,17 +17,20 @@ from ccpo.teams import ABSTAIN, VoteKind, majority_BK, recount_without
 from ccpo.types import Rollout, Turn
 
 NEAR = 1e-4  # rewards of a log may be rounded
+NOBODY = -2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ballots:
     """The ballots of B rollouts in K turns. ``voters``: who cast those of each turn; ``kind``: how they are counted;
-    ``answer_BK`` as :func:`~ccpo.teams.majority_BK` takes them; ``weight_BK`` for ``weighted`` alone."""
+    ``answer_BK`` as :func:`~ccpo.teams.majority_BK` takes them; ``chosen_B``: the team's answer among them, NOBODY where it is none of theirs;
+    ``weight_BK`` for ``weighted`` alone."""
 
     voters: tuple[str, ...]
     kind: str
     answer_BK: Tensor
     score_BK: Tensor
+    chosen_B: Tensor
     weight_BK: Tensor | None = None
 
     def count(self) -> Tensor:
@@ -52,14 +55,18 @@ def ballots_of(rollouts: Sequence[Rollout], voters: Mapping[str, str], kind: str
     """The ballots of ``rollouts``. ``voters``: agent by turn, of the turns that the decision read; ``kind``: the vote's. None
     where a rollout does not say what was read in those turns, and where a weighted vote's weights are not known.
     """
-    if not rollouts or any(not voters.keys() <= r.answers.keys() & r.scores.keys() for r in rollouts):
+    if not rollouts or not all(r.answers and r.scores for r in rollouts):
         return None
-    answers, scores = [], []
-    for rollout in rollouts:
-        numbers: dict[str, int] = {}
-        cast = [rollout.answers[turn] for turn in voters]
-        answers.append([ABSTAIN if a is None else numbers.setdefault(a, len(numbers)) for a in cast])
-        scores.append([rollout.scores[turn] for turn in voters])
+    answers, scores, chosen = [], [], []
+    try:
+        for rollout in rollouts:
+            numbers: dict[str | None, int] = {None: ABSTAIN}
+            said, judged = rollout.answers, rollout.scores
+            answers.append([numbers.setdefault(said[turn], len(numbers)) for turn in voters])
+            scores.append([judged[turn] for turn in voters])
+            chosen.append(NOBODY if rollout.answer is None else numbers.get(rollout.answer, NOBODY))
+    except KeyError:
+        return None
     weight_BK = None
     if kind == VoteKind.WEIGHTED:
         weights = [_weights(rollout, voters) for rollout in rollouts]
@@ -72,6 +79,7 @@ def ballots_of(rollouts: Sequence[Rollout], voters: Mapping[str, str], kind: str
         answer_BK=torch.tensor(answers),
         score_BK=torch.tensor(scores, dtype=torch.float64),
         weight_BK=weight_BK,
+        chosen_B=torch.tensor(chosen),
     )
 
 
