@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -242,13 +243,18 @@ def test_a_killed_rank_ends_all_and_nothing_is_lost(alone, cache, recipe, tmp_pa
 
 def processes_of(run: Path) -> list[int]:
     """Those that have the run's folder in their command line."""
+    return processes_where(lambda line: str(run).encode() in line)
+
+
+def processes_where(wanted: Callable[[bytes], bool]) -> list[int]:
+    """Those whose command line is ``wanted``."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             line = (folder / "cmdline").read_bytes()
         except OSError:
             continue
-        if str(run).encode() in line:
+        if wanted(line):
             found.append(int(folder.name))
     return found
 

@@ -15,7 +15,7 @@ from ccpo.errors import RunFailure, UserError
 from ccpo.launch import ray as launcher
 from ccpo.launch.ray import RayLaunch, launch
 from ccpo.runs import Reporter
-from test_ranks import RECIPE, alone, cache, environment, recipe, weights  # noqa: F401  (fixtures)
+from test_ranks import alone, cache, environment, processes_where, recipe, weights  # noqa: F401  (fixtures)
 
 
 @pytest.mark.parametrize(
@@ -78,15 +78,7 @@ def train_on(cluster, recipe: Path, run: Path, restarts: int = 2, disturb=None) 
 
 
 def ray_workers() -> list[int]:
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-        if line.startswith(b"ray::RayTrainWorker"):
-            found.append(int(folder.name))
-    return found
+    return processes_where(lambda line: line.startswith(b"ray::RayTrainWorker"))
 
 
 def parent_of(pid: int) -> int:

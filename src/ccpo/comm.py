@@ -77,7 +77,9 @@ class Comm:
         return [answer[1:] for answer in said]
 
     def gather_plain(self, value: Any) -> list[Any]:
-        """Every rank's JSON value, by rank; floats to the last bit, tuples as lists."""
+        """Every rank's JSON value, by rank; floats to the last bit, tuples as lists where they have travelled."""
+        if self.size == 1:
+            return [value]
         return [json.loads(data) for data in self.gather(json.dumps(value).encode())]
 
     def together(self, work: Callable[[], Result]) -> Result:

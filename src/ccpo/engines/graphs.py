@@ -32,8 +32,8 @@ class Fixed:
     """A cache at fixed addresses, for recordings: what a step reads lies in its tensors, and it looks at ``looked`` columns.
 
     It stands in for a `Cache` whose first ``rows`` of R rows are in use; ``filled``, ``keys`` and ``values`` are as there.
-    ``first_R``: each row's first column that is no padding; ``column_1``: the one that is written next; ``token_R``, ``position_B``: of the
-    next token. ``bias_R1C``: added to the scores of a step.
+    ``column_1``: the column that is written next; ``token_R``, ``position_B``: of the next token, so that a row's first column that is no
+    padding is ``column_1 - position_B``. ``bias_R1C``: added to the scores of a step.
     """
 
     arena: Arena
@@ -41,7 +41,6 @@ class Fixed:
     values: list[Tensor]
     token_R: Tensor
     position_B: Tensor
-    first_R: Tensor
     column_1: Tensor
     rows: int = 0
     filled: int = 0
@@ -120,7 +119,6 @@ class Arena:
             value = source.values[layer][:, :, :filled].index_select(0, rows_B)
             into.keys[layer].zero_()[:count, ..., :filled] = key
             into.values[layer].zero_()[:count, :, :filled] = value
-        into.first_R.zero_()[:count] = filled - position_B
         into.position_B.fill_(filled)[:count] = position_B
         into.token_R.zero_()
         into.column_1.fill_(filled)
@@ -144,7 +142,8 @@ class Arena:
         rotation = self.weights.rotations(fixed.columns)
 
         def run() -> None:
-            used_RC = (column_C >= fixed.first_R[:, None]) & (column_C <= fixed.column_1)
+            first_R = fixed.column_1 - fixed.position_B
+            used_RC = (column_C >= first_R[:, None]) & (column_C <= fixed.column_1)
             bias_RC = torch.zeros(used_RC.shape, device=used_RC.device).masked_fill_(~used_RC, float("-inf"))
             fixed.bias_R1C = bias_RC[:, None]
             self.logits_RV[: len(fixed.token_R)] = self._decode(fixed, fixed.token_R)
@@ -190,7 +189,6 @@ class Arena:
                 values=[value[:cells].view(rows, w.kv_heads, columns, w.head_dim) for _, value in self.flat],
                 token_R=whole(),
                 position_B=whole(),
-                first_R=whole(),
                 column_1=whole(1),
             )
         return self.fixed[rows, columns]
