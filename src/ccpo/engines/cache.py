@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ccpo.engines.weights import Weights
+from ccpo.rectangle import Rectangle
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,54 +103,26 @@ class Cache:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """How prompts of these sizes, whose tokens M lie in one run, stand in a rectangle of ``rows`` x ``columns``: flush left, where a causal
-    attention needs no mask, and flush right, as in the cache. ``left_M``, ``right_M``: their places in it; None where they fill it.
-    ``last_B``: each prompt's last token in the run. ``real_B11C``: where a token stands, flush left; None where everywhere."""
+    """How prompts of these sizes, whose tokens M lie in one run, stand in rectangles: flush ``left``, where a causal attention needs no mask,
+    and flush ``right``, as in the cache. ``last_B``: each prompt's last token in the run. ``real_B11C``: where a token stands, flush left;
+    None where everywhere."""
 
-    rows: int
-    columns: int
+    left: Rectangle
+    right: Rectangle
     position_M: Tensor
     last_B: Tensor
-    left_M: Tensor | None
-    right_M: Tensor | None
     real_B11C: Tensor | None
 
     @classmethod
     def of(cls, sizes: list[int], device: torch.device) -> Block:
-        rows, columns = len(sizes), max(sizes)
-        size_B = torch.tensor(sizes)
-        column_BC = torch.arange(columns).expand(rows, columns)
+        columns, size_B = max(sizes), torch.tensor(sizes)
+        column_BC = torch.arange(columns).expand(len(sizes), columns)
         real_BC = column_BC < size_B[:, None]
-        full = min(sizes) == columns
-        right_BC = column_BC >= columns - size_B[:, None]
-
-        def places(there_BC: Tensor) -> Tensor | None:
-            return None if full else there_BC.flatten().nonzero()[:, 0].to(device)
-
+        left = Rectangle.of(real_BC).to(device)
         return cls(
-            rows=rows,
-            columns=columns,
+            left=left,
+            right=Rectangle.of(column_BC >= columns - size_B[:, None]).to(device),
             position_M=column_BC[real_BC].to(device),
             last_B=(size_B.cumsum(0) - 1).to(device),
-            left_M=places(real_BC),
-            right_M=places(right_BC),
-            real_B11C=None if full else real_BC[:, None, None].to(device),
+            real_B11C=None if left.place_S is None else real_BC[:, None, None].to(device),
         )
-
-    def left(self, x_MHD: Tensor) -> Tensor:
-        """Flush left, heads first: ``[rows, H, columns, D]``; padding is 0."""
-        return self._spread(x_MHD, self.left_M)
-
-    def right(self, x_MHD: Tensor) -> Tensor:
-        """Flush right, heads first."""
-        return self._spread(x_MHD, self.right_M)
-
-    def gather(self, x_BHCD: Tensor) -> Tensor:
-        """Back from :meth:`left` to the run: ``[M, H, D]``."""
-        x_SHD = x_BHCD.transpose(1, 2).flatten(0, 1)
-        return x_SHD if self.left_M is None else x_SHD[self.left_M]
-
-    def _spread(self, x_MHD: Tensor, place_M: Tensor | None) -> Tensor:
-        if place_M is not None:
-            x_MHD = x_MHD.new_zeros(self.rows * self.columns, *x_MHD.shape[1:]).index_copy_(0, place_M, x_MHD)
-        return x_MHD.unflatten(0, (self.rows, self.columns)).transpose(1, 2)

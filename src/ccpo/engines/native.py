@@ -132,14 +132,14 @@ class NativeEngine:
     def _prefill_rows(self, prompts: Sequence[tuple[int, ...]], cache: Cache, rows: slice) -> Tensor:
         """Runs these prompts; returns their last tokens' hidden states. Only real tokens go through the matrices."""
         w, block = self.weights, Block.of([len(p) for p in prompts], self.device)
-        turn = w.rotations(block.columns)[block.position_M][:, None]
+        turn = w.rotations(block.left.columns)[block.position_M][:, None]
         hidden = w.embed[torch.tensor([i for p in prompts for i in p], device=self.device)]
         for number, layer in enumerate(w.layers):
             qkv = self._project(layer, hidden, turn).to(self.dtype)
-            query, key, value = block.left(qkv).split(w.split, 1)
-            cache.fill(number, rows, *block.right(qkv[:, w.heads :]).split(w.split[1:], 1))
+            query, key, value = block.left.spread(qkv).split(w.split, 1)
+            cache.fill(number, rows, *block.right.spread(qkv[:, w.heads :]).split(w.split[1:], 1))
             if layer is not w.layers[-1]:
-                mixed = block.gather(w.look(query, key, value, causal=True))
+                mixed = block.left.gather(w.look(query, key, value, causal=True))
             else:  # the last layer is read at each prompt's last token alone
                 hidden = hidden[block.last_B]
                 query = qkv[block.last_B, : w.heads, None]

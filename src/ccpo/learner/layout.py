@@ -5,7 +5,7 @@ few different things in eight tries. So every distinct prompt stands once, then 
 
     ids_M:  prompt 0 | prompt 1 | ... | text 0 without its last token | text 1 ... | ...
 
-A text's first token is scored where its prompt ends. Attention alone needs rectangles; `Block` says where the run's tokens
+A text's first token is scored where its prompt ends. Attention alone needs rectangles; `Rectangle` says where the run's tokens
 stand in them.
 """
 
@@ -19,42 +19,9 @@ import torch
 from torch import Tensor
 
 from ccpo.learner.rows import TrainRow, whole_numbers
+from ccpo.rectangle import Rectangle
 
 Key = TypeVar("Key", bound=Hashable)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
-    """A rectangle of ``rows`` x ``columns`` tokens, filled from the left. ``place_S``: where each token of the run stands in the
-    flattened rectangle; None where they fill it."""
-
-    rows: int
-    columns: int
-    place_S: Tensor | None
-
-    @classmethod
-    def of(cls, real_RC: Tensor) -> Block:
-        rows, columns = real_RC.shape
-        return cls(rows=rows, columns=columns, place_S=None if real_RC.all() else real_RC.flatten().nonzero()[:, 0])
-
-    def to(self, device: torch.device) -> Block:
-        return self if self.place_S is None else replace(self, place_S=self.place_S.to(device))
-
-    @property
-    def size(self) -> int:
-        """Tokens that are no padding."""
-        return self.rows * self.columns if self.place_S is None else len(self.place_S)
-
-    def spread(self, x_SHD: Tensor) -> Tensor:
-        """From the run to the rectangle, heads first: ``[rows, H, columns, D]``; padding is 0."""
-        if self.place_S is not None:
-            x_SHD = x_SHD.new_zeros(self.rows * self.columns, *x_SHD.shape[1:]).index_copy(0, self.place_S, x_SHD)
-        return x_SHD.unflatten(0, (self.rows, self.columns)).transpose(1, 2)
-
-    def gather(self, x_RHCD: Tensor) -> Tensor:
-        """Back from the rectangle to the run, ``[S, H, D]``."""
-        x_SHD = x_RHCD.transpose(1, 2).flatten(0, 1)
-        return x_SHD if self.place_S is None else x_SHD[self.place_S]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +33,8 @@ class Layout:
 
     ids_M: Tensor
     position_M: Tensor
-    prompts: Block
-    texts: Block
+    prompts: Rectangle
+    texts: Rectangle
     owner_R: Tensor
     before_11PP: Tensor
     before_R1TC: Tensor
@@ -103,8 +70,8 @@ class Layout:
         made = cls(
             ids_M=whole_numbers([i for ids, _ in prompts for i in ids] + [i for *_, ids in texts for i in ids[:-1]]),
             position_M=torch.cat((column_P.expand_as(real_GP)[real_GP], (before_R[:, None] + column_T[:-1])[read_RT])),
-            prompts=Block.of(real_GP),
-            texts=Block.of(read_RT),
+            prompts=Rectangle.of(real_GP),
+            texts=Rectangle.of(read_RT),
             owner_R=owner_R,
             before_11PP=_bias(column_P <= column_P[:, None])[None, None],
             before_R1TC=_bias(seen_RTC)[:, None],
