@@ -61,6 +61,7 @@ TOP = {
     "doctor",
     "evaluate",
     "launch",
+    "ahead",
     "pay",
     "planner",
     "remotes",

@@ -329,7 +329,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "rollout": {"prompts": 4, "samples": 4, "max_tokens": 10, "max_prompt_tokens": 64, "cache": "always"},
         "loss": {"kl": "k3", "kl_coef": 0.01, "importance_cap": 2.0},
         "optim": {"lr": 1e-3, "epochs": 2},
-        "trainer": {"steps": 2, "eval_every": 1},
+        "trainer": {"steps": 2, "eval_every": 1, "async_depth": 1},
         "eval": {"problems": 4, "during": 2, "temperature": 1.0},
         "log": {"tensorboard": False},
     }

@@ -178,8 +178,25 @@ def _check_settings(config: RunConfig, team: Team | PlayTeam) -> None:
         )
     if config.model.engine == "vllm":
         _check_vllm(config, team)
+    if config.trainer.async_depth:
+        _check_async(config)
     if config.loss.kl != "none" and config.loss.kl_coef == 0:
         raise UserError(f"loss.kl is {config.loss.kl!r} but loss.kl_coef is 0; give it a weight, or set loss.kl: none")
+
+
+def _check_async(config: RunConfig) -> None:
+    """What cannot speak while its weights are being changed."""
+    engine = config.model.engine
+    if engine == "transformers" or (engine == "vllm" and config.model.vllm.url is None):
+        why = (
+            "speaks with the very weights that the update changes"
+            if engine == "transformers"
+            else "sleeps during an update"
+        )
+        raise UserError(
+            f"trainer.async_depth: model.engine {engine!r} {why}; set model.engine: native, or trainer.async_depth: 0"
+            + (", or give vLLM GPUs of its own (model.vllm.url)" if engine == "vllm" else "")
+        )
 
 
 def _check_vllm(config: RunConfig, team: Team | PlayTeam) -> None:

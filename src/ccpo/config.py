@@ -229,6 +229,9 @@ class TrainerSection(Section):
     save_every: int = Field(50, ge=0, description="0: at the end only")
     keep_checkpoints: int = Field(2, ge=1)
     shuffle: bool = True
+    async_depth: int = Field(
+        0, ge=0, le=1, description="1: the next step's rollouts are played during this step's update, one update behind"
+    )
 
     @model_validator(mode="before")
     @classmethod

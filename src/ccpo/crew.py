@@ -24,6 +24,7 @@ from ccpo.learner.sharding import shard
 from ccpo.remotes import Remotes
 from ccpo.rollout import Voice
 
+BEHIND_CAP = 2.0  # of the importance weights of rollouts that are an update behind
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -69,6 +70,11 @@ class Crew:
         config = self.setup.config
         if self.hosts is not None:
             return self.hosts.engine(policy.model, policy.tokenizer, policy.adapter)
+        if config.trainer.async_depth and (why := unsupported(policy.model, policy.adapter)) is not None:
+            raise UserError(
+                f"trainer.async_depth: policy {policy.name!r} would be changed while it speaks, for the native engine, which has a copy of the "
+                f"weights, cannot run it: {why}; set trainer.async_depth: 0"
+            )
         engine = make_engine(
             policy.model,
             policy.tokenizer,
@@ -216,12 +222,18 @@ def make_learner(config: RunConfig, policies: Mapping[str, Policy], comm: Comm |
         kl=loss.kl,
         kl_coef=loss.kl_coef,
         entropy_coef=loss.entropy_coef,
-        importance_cap=loss.importance_cap,
+        importance_cap=importance_cap(config),
         old_logprobs=loss.old_logprobs,
         total_steps=config.trainer.steps,
         compute=DTYPES[config.model.compute],
         **optim.model_dump(exclude={"lr", "minibatches"}),
     )
+
+
+def importance_cap(config: RunConfig) -> float | None:
+    """The recipe's; where rollouts are an update behind, and the ratio is not the engine's own, there is always one."""
+    behind = config.trainer.async_depth and config.loss.old_logprobs != "engine"
+    return config.loss.importance_cap or (BEHIND_CAP if behind else None)
 
 
 def policy_loss(config: RunConfig) -> dict[str, Any]:

@@ -252,7 +252,12 @@ def check_ranks(config: RunConfig, ranks: int) -> None:
     """Raises UserError for more ranks than a step has problems, and for what only one process can do."""
     if ranks > 1:
         remote = next((a for a, section in config.agents.items() if section.remote), None)
-        alone = f"agents.{remote}.remote" if remote else "model.engine: vllm" if config.model.engine == "vllm" else None
+        held = {
+            f"agents.{remote}.remote": remote is not None,
+            "model.engine: vllm": config.model.engine == "vllm",
+            "trainer.async_depth: 1": config.trainer.async_depth > 0,
+        }
+        alone = next((what for what, there in held.items() if there), None)
         if alone is not None:
             raise UserError(f"{alone} goes with one process so far, and there are {ranks}; leave --launch out")
     prompts = config.rollout.prompts

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from ccpo import credit as credit_rules
+from ccpo.ahead import Ahead
 from ccpo.alarms import Alarm, Shape, Watch
 from ccpo.build import Setup, ratings_of
 from ccpo.crew import Crew
@@ -70,6 +72,7 @@ class Trainer:
         if self.ratings is not None:
             Rater(team=setup.team, voices=crew.voices(), limits=setup.limits, ask=self.ratings).check()
         self.step = 0
+        self.ahead = Ahead(crew.policies)
         self.stopping: int | None = None
 
     # --- the whole run -----------------------------------------------------------------------------------------------------
@@ -79,8 +82,7 @@ class Trainer:
 
         Raises EndpointTrouble where an agent behind an endpoint cannot speak any more, with all finished steps saved.
         """
-        trainer = self.config.trainer
-        with _Signals(self):
+        with _Signals(self), self.ahead:
             stopped = False
             while not self.done and not stopped:
                 spent = self.tokens
@@ -89,7 +91,7 @@ class Trainer:
                 done = self.done
                 trouble: EndpointTrouble | None = None
                 stopped = self.crew.comm.any(self.stopping is not None)
-                if self._examines(spent) and not done:
+                if self._examines(self.step, spent) and not done:
                     try:
                         metrics |= self.evaluate_now(self.config.eval.during, ablations=False)
                     except EndpointTrouble as error:
@@ -100,7 +102,7 @@ class Trainer:
                 if trouble is not None:
                     with self._saved_on_trouble():
                         raise trouble
-                if done or stopped or (trainer.save_every and self.step % trainer.save_every == 0):
+                if done or stopped or self._saves(self.step):
                     self.save()
         return self.done
 
@@ -122,8 +124,11 @@ class Trainer:
     @property
     def done(self) -> bool:
         """Whether the last step is done, or the budget of tokens is spent."""
+        return self._ends(self.step)
+
+    def _ends(self, step: int) -> bool:
         trainer = self.config.trainer
-        return self.step >= trainer.steps or (trainer.tokens is not None and self.tokens >= trainer.tokens)
+        return step >= trainer.steps or (trainer.tokens is not None and self.tokens >= trainer.tokens)
 
     @property
     def _spent(self) -> float:
@@ -131,21 +136,25 @@ class Trainer:
         budget = self.config.trainer.tokens
         return self.tokens / budget if budget else 0.0
 
-    def _examines(self, spent: int) -> bool:
-        """Whether an evaluation is due after the step that began with ``spent`` tokens."""
+    def _saves(self, step: int) -> bool:
+        every = self.config.trainer.save_every
+        return bool(every) and step % every == 0
+
+    def _examines(self, step: int, spent: int) -> bool:
+        """Whether an evaluation is due after step number ``step``, which began with ``spent`` tokens."""
         by_steps, by_tokens = self.config.trainer.eval_every, self.config.eval.every_tokens
-        due = bool(by_steps) and self.step % by_steps == 0
+        due = bool(by_steps) and step % by_steps == 0
         return due or (by_tokens is not None and self.tokens // by_tokens > spent // by_tokens)
 
     def train_step(self) -> dict[str, float]:
         """One step; returns its metrics."""
         clock = time.monotonic()
         active = self.setup.schedule.active(self.step)
-        problems = [self.setup.task[i] for i in self.sampler.indices(self.step)]
-        try:
-            played = self.play(problems, active)
-        finally:
-            self._keep_costs()
+        spent, share = self.tokens, self._spent
+        played, waited = self._rollouts()
+        for kind in KINDS:
+            self.totals[kind] += played.tokens.get(kind, 0)
+        reused = self.cache.report()
         planned = self._plan_ahead(played)
         inputs = credit_inputs(self.setup.team, active, played)
         started = time.monotonic()
@@ -161,11 +170,9 @@ class Trainer:
             played, outputs, advantage, by_turn, self.payroll.solo(outputs), self.config.optim.minibatches
         )
         credit_seconds = time.monotonic() - started
-        self.crew.rest()
-        stats = self.crew.learner.step(rows, step=self.step, failure_folder=self.folder.failure, spent=self._spent)
-        started = time.monotonic()
-        self.crew.refresh()
-        refresh_seconds = time.monotonic() - started
+        refresh_seconds = self._begin_next(spent)
+        stats = self.crew.learner.step(rows, step=self.step, failure_folder=self.folder.failure, spent=share)
+        refresh_seconds += self._refresh()
         self.step += 1
         paid = lists(credit), lists(advantage)
         started = time.monotonic()
@@ -182,14 +189,14 @@ class Trainer:
             | turn_lengths(played)
             | rating_report(played.groups)
             | planned
-            | self.cache.report()
+            | reused
             | self.crew.remotes.metrics()
             | stats.metrics
         )
         started = time.monotonic()
         metrics |= self._alarms(played, *paid, metrics)
         seconds["alarms"] = time.monotonic() - started
-        return metrics | self._costs(played, clock, seconds)
+        return metrics | waited | self._costs(played, clock, seconds)
 
     def _alarms(self, played: Played, credit: Any, advantage: Any, metrics: Mapping[str, float]) -> dict[str, float]:
         """Tell of alarms that have not been told of; 1 for each that holds."""
@@ -198,14 +205,46 @@ class Trainer:
             self.warn(self.step, alarm)
         return {f"alarm/{alarm.name}": 1.0 for alarm in alarms}
 
-    def play(self, problems: Sequence[Any], active: tuple[str, ...]) -> Played:
-        """The rollouts of one step, with only those counterfactuals that the active agents' credit needs."""
+    # --- rollouts ----------------------------------------------------------------------------------------------------------
+
+    def _rollouts(self) -> tuple[Played, dict[str, float]]:
+        """This step's rollouts, and where they are played ahead, metrics of that."""
+        asynchronous = bool(self.config.trainer.async_depth)
+        try:
+            if self.ahead.running:
+                return self.ahead.take()
+            return self.play(self.step)(), {"async/updates_behind": 0.0, "seconds/waiting": 0.0} if asynchronous else {}
+        finally:
+            self._keep_costs()
+
+    def _begin_next(self, spent: int) -> float:
+        """Have the next step's rollouts played while this one, which began with ``spent`` tokens, is learned from; or let those who speak
+        rest. Nothing is played ahead of an evaluation or a checkpoint: a run that goes on from there begins with fresh rollouts too.
+        Returns the seconds that engines took to read the weights of the update before."""
+        step = self.step + 1
+        if not self.config.trainer.async_depth or self._ends(step) or self._examines(step, spent) or self._saves(step):
+            self.crew.rest()
+            return 0.0
+        seconds = self._refresh()
+        self.ahead.begin(self.play(step))
+        return seconds
+
+    def _refresh(self) -> float:
+        """Hand changed weights to the engines, unless they are speaking; the seconds that it took."""
+        started = time.monotonic()
+        if not self.ahead.running:
+            self.crew.refresh()
+        return time.monotonic() - started
+
+    def play(self, step: int) -> Callable[[], Played]:
+        """What plays a step's rollouts, with only those counterfactuals that the active agents' credit needs."""
         config = self.config.rollout
         team = self.setup.team
+        active = self.setup.schedule.active(step)
         coalitions = credit_rules.needed(
             self.setup.rule, team.agent_names, team.decider, active, self.state, free=self.setup.free_removals
         )
-        branch = self.planner.branch(self.step) if self.planner else self.setup.branch
+        branch = self.planner.branch(step) if self.planner else self.setup.branch
         trains_solo = getattr(self.setup.rule, "gate", None) == "trajectory" and team.decider in active
         ask = Ask(
             samples=math.prod(branch) if branch else config.samples,
@@ -220,15 +259,16 @@ class Trainer:
             training=active,
             ratings=self.ratings,
         )
-        return play_team(
+        return partial(
+            play_team,
             team,
             self.setup.task,
             self.crew.voices(),
             self.setup.limits,
-            problems,
+            [self.setup.task[i] for i in self.sampler.indices(step)],
             ask,
             seed=self.config.run.seed,
-            step=self.step,
+            step=step,
             frozen=self.crew.frozen_voices,
             cache=self.cache,
         )
@@ -245,8 +285,6 @@ class Trainer:
 
     def _costs(self, played: Played, clock: float, seconds: Mapping[str, float]) -> dict[str, float]:
         total = time.monotonic() - clock
-        for kind in KINDS:
-            self.totals[kind] += played.tokens.get(kind, 0)
         self.totals["seconds"] += total
         return (
             {f"tokens/{kind}": float(count) for kind, count in {"rating": 0, **played.tokens}.items()}
@@ -279,6 +317,8 @@ class Trainer:
             write_json(self.folder.remotes, self.crew.remotes.spent())
 
     def save(self) -> None:
+        """Write a checkpoint of the finished steps."""
+        self.ahead.drop()
         state = {
             "credit": self.state,
             "cache": self.cache.to_json(),

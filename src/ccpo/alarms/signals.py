@@ -103,7 +103,8 @@ def engine_mismatch(view: View) -> list[Alarm]:
                 what=f"The engine samples from another distribution than the learner trains: {drift.mean:.3f} nats of KL a token. "
                 "The gradient is that of another policy.",
                 remedy="float32 in the engine (model.decode: float32); old log-probs from the learner (loss.old_logprobs: learner) with truncated "
-                "importance weights (loss.importance_cap: 2); check that temperature and weights are those of the learner.",
+                "importance weights (loss.importance_cap: 2); under trainer.async_depth: 1 a lower optim.lr; "
+                "check that temperature and weights are those of the learner.",
                 agent=agent,
                 evidence={"k3": drift.mean, "share_of_steps": drifted.mean, "steps": int(drift.n)},
             )
