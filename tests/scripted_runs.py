@@ -58,7 +58,7 @@ class NoRemotes:
 class ScriptedCrew:
     def __init__(self, spoken: Mapping[str, Voice], metrics: Mapping[str, float]) -> None:
         self.spoken, self.frozen_voices, self.learner = dict(spoken), {}, StillLearner(metrics)
-        self.comm, self.remotes = Comm(), NoRemotes()
+        self.comm, self.remotes, self.policies = Comm(), NoRemotes(), {}
 
     def rest(self) -> None:
         pass
