@@ -72,7 +72,7 @@ def test_a_decoder_that_is_wrong_is_found(fault, monkeypatch):
         assert decode.check("1M", "cpu") < decode.TOLERANCE
         return
     if fault == "activation":
-        monkeypatch.setattr("ccpo.engines.native.silu", torch.sigmoid)
+        monkeypatch.setattr("ccpo.engines.products.silu", torch.sigmoid)
     else:
         monkeypatch.setattr("ccpo.engines.weights.Weights.rotations", unturned)
     with pytest.raises(RunFailure, match="differs from transformers'"):

@@ -235,7 +235,7 @@ def test_a_stop_string_ends_the_text_before_it(kind):
 def test_refresh_reads_the_weights_in_place():
     model = tiny_model("qwen3", tie_word_embeddings=False, attention_bias=True)
     engine = make_engine(model, TOKENIZER, dtype=torch.float32)
-    asked, old = prompts(5, 9), engine.weights.layers[0].qkv.data_ptr()
+    asked, old = prompts(5, 9), engine.weights.layers[0].qkv.weight.data_ptr()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
@@ -243,7 +243,7 @@ def test_refresh_reads_the_weights_in_place():
     assert not torch.allclose(engine.logits(asked), want, atol=1e-2)
     engine.refresh()
     assert torch.allclose(engine.logits(asked), want, atol=1e-4)
-    assert engine.weights.layers[0].qkv.data_ptr() == old
+    assert engine.weights.layers[0].qkv.weight.data_ptr() == old
 
 
 def two_adapters():

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import rms_norm
 
 from ccpo.engines.base import batches, check_requests, distinct
 from ccpo.engines.cache import Block, Cache
@@ -162,7 +162,7 @@ class NativeEngine:
         """Normalised, rotated queries and keys, and values, in float32: ``[tokens, heads + 2 kv_heads, head_dim]``."""
         w = self.weights
         normed = rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, w.eps)
-        qkv = linear(normed, layer.qkv, layer.qkv_bias).float().unflatten(-1, (-1, w.head_dim))
+        qkv = layer.qkv(normed).float().unflatten(-1, (-1, w.head_dim))
         turning = qkv[:, : w.heads + w.kv_heads]
         if layer.qk_norm is not None:
             turning.copy_(rms_norm(turning, turning.shape[-1:], None, w.eps)).mul_(layer.qk_norm)
@@ -171,16 +171,10 @@ class NativeEngine:
 
     def _absorb(self, layer: Layer, hidden: Tensor, mixed: Tensor) -> Tensor:
         """The rest of a block: the attention's output and the MLP's are added to the hidden states."""
-        hidden = torch.addmm(hidden, mixed.to(self.dtype), layer.out.t())
-        if layer.out_bias is not None:
-            hidden += layer.out_bias
+        hidden = layer.out.onto(hidden, mixed.to(self.dtype))
         normed = rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, self.weights.eps)
-        gate, up = linear(normed, layer.gate_up, layer.gate_up_bias).chunk(2, -1)
-        hidden.addmm_(silu(gate).mul_(up), layer.down.t())
-        if layer.down_bias is not None:
-            hidden += layer.down_bias
-        return hidden
+        return layer.down.onto(hidden, layer.gate_up(normed))
 
     def _logits(self, hidden_BH: Tensor) -> Tensor:
         w = self.weights
-        return linear(rms_norm(hidden_BH, hidden_BH.shape[-1:], w.norm, w.eps), w.head)
+        return w.head(rms_norm(hidden_BH, hidden_BH.shape[-1:], w.norm, w.eps))

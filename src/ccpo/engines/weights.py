@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ccpo.engines.products import Product, products
 from ccpo.families import bare, head_dim, whole
 
 WIDE = 512  # hidden channels from which a CPU attends faster in bfloat16
@@ -28,23 +29,19 @@ def native_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(slots=True, kw_only=True)
 class Layer:
-    """One block. Matrices are ``[out, in]`` as in `torch.nn.Linear`; ``qk_norm``: ``[heads + kv_heads, head_dim]``.
+    """One block; ``qk_norm``: ``[heads + kv_heads, head_dim]``.
 
     Within each query and key head the channels are *interleaved*: those two that are rotated together stand side by side, so that
     a rotation is one product of complex numbers.
     """
 
     attention_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
+    qkv: Product
     qk_norm: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
+    out: Product
     mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
+    gate_up: Product
+    down: Product
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,7 +63,7 @@ class Weights:
     vocab: int
     embed: Tensor
     norm: Tensor
-    head: Tensor
+    head: Product
     layers: list[Layer] = field(default_factory=list)
     inv_freq: Tensor
     rotation_scale: float
@@ -81,6 +78,7 @@ class Weights:
         dtype = native_dtype(device) if dtype is None else dtype
         with torch.no_grad():
             embed = _weight(body.embed_tokens, adapter).to(dtype, copy=True)
+            plain, _ = products(device, dtype)
             made = cls(
                 source=source,
                 adapter=adapter,
@@ -95,10 +93,13 @@ class Weights:
                 vocab=embed.shape[0],
                 embed=embed,
                 norm=whole(body.norm.weight).to(dtype, copy=True),
-                head=embed if _tied(source, adapter) else _weight(source.lm_head, adapter).to(dtype, copy=True),
+                head=plain.of(embed)
+                if _tied(source, adapter)
+                else plain(*embed.shape, bias=False, dtype=dtype, device=device),
                 inv_freq=body.rotary_emb.inv_freq.detach().float(),
                 rotation_scale=float(body.rotary_emb.attention_scaling),
             )
+            made._read_head()
             made.layers = [made._layer(block) for block in body.layers]
         return made
 
@@ -121,36 +122,37 @@ class Weights:
         with torch.no_grad():
             self.embed.copy_(_weight(body.embed_tokens, self.adapter))
             self.norm.copy_(whole(body.norm.weight))
-            if self.head is not self.embed:
-                self.head.copy_(_weight(self.source.lm_head, self.adapter))
+            self._read_head()
             for layer, block in zip(self.layers, body.layers, strict=True):
                 self._read(layer, block)
+
+    def _read_head(self) -> None:
+        """The head's weights; a head that reads the embedding's own tensor has them already."""
+        tied = _tied(self.source, self.adapter)
+        with self.head.rewritten() as (rows, _):
+            if rows.data_ptr() != self.embed.data_ptr():
+                rows.copy_(self.embed if tied else _weight(self.source.lm_head, self.adapter))
 
     def _layer(self, block: Any) -> Layer:
         """An empty layer of the block's shape, filled."""
         attention, mlp = block.self_attn, block.mlp
         hidden, inner = block.input_layernorm.weight.shape[0], mlp.down_proj.in_features
         wide, every = self.heads * self.head_dim, self.heads + 2 * self.kv_heads
+        plain, gated = products(self.device, self.dtype)
+        options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-        def bias(module: Any, size: int) -> Tensor | None:
-            return None if module.bias is None else empty(size)
+        def product(kind: type[Product], outputs: int, inputs: int, module: Any) -> Product:
+            return kind(outputs, inputs, bias=module.bias is not None, **options)
 
         norms = (self.heads + self.kv_heads, self.head_dim)
         layer = Layer(
-            attention_norm=empty(hidden),
-            qkv=empty(every * self.head_dim, hidden),
-            qkv_bias=bias(attention.q_proj, every * self.head_dim),
-            qk_norm=empty(*norms).float() if hasattr(attention, "q_norm") else None,
-            out=empty(hidden, wide),
-            out_bias=bias(attention.o_proj, hidden),
-            mlp_norm=empty(hidden),
-            gate_up=empty(2 * inner, hidden),
-            gate_up_bias=bias(mlp.gate_proj, 2 * inner),
-            down=empty(hidden, inner),
-            down_bias=bias(mlp.down_proj, hidden),
+            attention_norm=torch.empty(hidden, **options),
+            qkv=product(plain, every * self.head_dim, hidden, attention.q_proj),
+            qk_norm=torch.empty(norms, device=self.device) if hasattr(attention, "q_norm") else None,
+            out=product(plain, hidden, wide, attention.o_proj),
+            mlp_norm=torch.empty(hidden, **options),
+            gate_up=product(gated, 2 * inner, hidden, mlp.gate_proj),
+            down=product(plain, hidden, inner, mlp.down_proj),
         )
         self._read(layer, block)
         return layer
@@ -159,14 +161,19 @@ class Weights:
         attention, mlp = block.self_attn, block.mlp
         layer.attention_norm.copy_(whole(block.input_layernorm.weight))
         layer.mlp_norm.copy_(whole(block.post_attention_layernorm.weight))
-        _stack(layer.qkv, layer.qkv_bias, (attention.q_proj, attention.k_proj, attention.v_proj), self.adapter)
-        for rows in (layer.qkv, layer.qkv_bias):
-            if rows is not None:
-                turning = rows[: (self.heads + self.kv_heads) * self.head_dim].unflatten(0, (-1, self.head_dim))
-                turning.copy_(_interleaved(turning, 1))
-        _stack(layer.out, layer.out_bias, (attention.o_proj,), self.adapter)
-        _stack(layer.gate_up, layer.gate_up_bias, (mlp.gate_proj, mlp.up_proj), self.adapter)
-        _stack(layer.down, layer.down_bias, (mlp.down_proj,), self.adapter)
+        with layer.qkv.rewritten() as written:
+            _stack(*written, (attention.q_proj, attention.k_proj, attention.v_proj), self.adapter)
+            for rows in written:
+                if rows is not None:
+                    turning = rows[: (self.heads + self.kv_heads) * self.head_dim].unflatten(0, (-1, self.head_dim))
+                    turning.copy_(_interleaved(turning, 1))
+        for product, modules in (
+            (layer.out, (attention.o_proj,)),
+            (layer.gate_up, (mlp.gate_proj, mlp.up_proj)),
+            (layer.down, (mlp.down_proj,)),
+        ):
+            with product.rewritten() as written:
+                _stack(*written, modules, self.adapter)
         if layer.qk_norm is not None:
             layer.qk_norm[: self.heads] = _interleaved(whole(attention.q_norm.weight), 0)
             layer.qk_norm[self.heads :] = _interleaved(whole(attention.k_norm.weight), 0)
