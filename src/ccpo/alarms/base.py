@@ -12,9 +12,10 @@ are therefore one-sided ones at ``Z`` standard errors, a chance of 1 in 10,000 e
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ccpo.alarms.texts import asks_for_answer, forbids_answer
 
@@ -35,8 +36,7 @@ Tally = Mapping[str, "Moments"]
 """Moments by name: ``reward`` of the team, ``effect/AGENT`` of an agent, …"""
 
 
-@dataclass(frozen=True, slots=True)
-class Moments:
+class Moments(NamedTuple):
     """Number, sum and sum of squares of values."""
 
     n: float = 0
@@ -45,7 +45,7 @@ class Moments:
 
     @staticmethod
     def of(values: Sequence[float]) -> Moments:
-        return Moments(len(values), math.fsum(values), math.fsum(v * v for v in values))
+        return Moments(len(values), math.fsum(values), math.fsum([v * v for v in values]))
 
     @property
     def mean(self) -> float:
@@ -74,17 +74,11 @@ class Moments:
 
 def merge(tallies: Iterable[Tally]) -> dict[str, Moments]:
     """The moments of several steps together."""
-    sums: dict[str, list[float]] = {}
+    parts: dict[str, list[Moments]] = defaultdict(list)
     for tally in tallies:
-        for name, m in tally.items():
-            entry = sums.get(name)
-            if entry is None:
-                sums[name] = [m.n, m.total, m.squares]
-            else:
-                entry[0] += m.n
-                entry[1] += m.total
-                entry[2] += m.squares
-    return {name: Moments(*entry) for name, entry in sums.items()}
+        for name, moments in tally.items():
+            parts[name].append(moments)
+    return {name: Moments(*map(sum, zip(*found, strict=True))) for name, found in parts.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,9 +39,9 @@ def tally(
 ) -> dict[str, Moments]:
     """The moments of one step, from its groups, what was paid, and its metrics. What they cannot tell is absent."""
     values: dict[str, list[float]] = defaultdict(list)
-    keys: dict[str, set[str]] = {}
+    keys: dict[str, set[str]] = defaultdict(set)
     for group in groups:
-        reward = math.fsum(r.reward for r in group.rollouts) / len(group.rollouts)
+        reward = math.fsum([r.reward for r in group.rollouts]) / len(group.rollouts)
         values["reward"].append(reward)
         if not shape.voters:
             _effects(group, reward, values)
@@ -115,25 +115,27 @@ def _by_problem(value_XB: Tensor, sizes: Sequence[int]) -> list[list[float]]:
 def _texts(shape: Shape, group: Group, values: dict[str, list[float]], keys: dict[str, set[str]]) -> None:
     """``truncated/AGENT`` of all its turns; ``empty``, ``copied`` and ``leaked/AGENT`` of the messages that others hear; ``hack/…`` of the
     answers that passed, and by text in ``keys`` the references that it passed against."""
-    counts: dict[str, _Count] = {}
-    problem = folded(group.problem.text)
+    counts: dict[str, _Count] = defaultdict(_Count)
+    problem, answer = "", group.problem.answer
     read = unread = empty = 0
     for rollout in _some(group):
         judged = rollout.scores or {turn.name: 0.0 for turn in rollout.turns[-1:]}
-        heard: list[tuple[str, str]] = []
+        answers, heard = rollout.answers, []
         for turn in rollout.turns:
-            count = counts.get(turn.agent) or counts.setdefault(turn.agent, _Count())
+            name, completion = turn.name, turn.completion
+            count = counts[turn.agent]
             count.turns += 1
-            count.truncated += turn.completion.finish is FinishReason.LENGTH
-            score = judged.get(turn.name)
+            count.truncated += completion.finish is FinishReason.LENGTH
+            score = judged.get(name)
             if score is None:
+                problem = problem or folded(group.problem.text)
                 _message(shape, group, rollout, turn, problem, heard, count)
             elif score >= PASSED:
-                keys.setdefault(turn.completion.text, set()).add(group.problem.answer)
-                empty += says_nothing(turn.completion.text)
-                if turn.name in rollout.answers:
-                    read += rollout.answers[turn.name] is not None
-                    unread += rollout.answers[turn.name] is None
+                keys[completion.text].add(answer)
+                empty += says_nothing(completion.text)
+                if name in answers:
+                    read += answers[name] is not None
+                    unread += answers[name] is None
     for agent, count in counts.items():
         values[f"truncated/{agent}"].append(count.truncated / count.turns)
         if count.messages:
