@@ -20,7 +20,7 @@ import ccpo
 from ccpo.cli import app
 from ccpo.errors import UserError
 from ccpo.report import write_report
-from ccpo.report.document import RunReader, build_document
+from ccpo.report.document import RunReader, _shown, build_document
 from ccpo.report.episodes import HEAD, TAIL, read_groups
 from ccpo.report.graph import team_graph
 from ccpo.report.page import SCRIPTS, STYLES, page, policy, script, to_json
@@ -43,6 +43,17 @@ def data_of(text: str, name: str) -> dict:
 
 
 # ---- numbers
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (0, "0"), (1, "1"), (False, "no"), (True, "yes"), (None, "none"), (3e-4 + 1e-19, "0.0003"), (1e-6, "1e-06"),
+        (1.0, "1"), ([4, 2], "4, 2"), ([0.9, 0.999], "0.9, 0.999"), ({}, "none"), ([[1]], "…"), ("a", "a"),
+    ],
+)  # fmt: skip
+def test_settings_are_shown_as_they_were_written(value, words):
+    assert _shown(value) == words
 
 
 def test_a_box_is_tukeys():

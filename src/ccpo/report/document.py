@@ -216,7 +216,11 @@ def _shown(value: Any) -> str:
         return value[:500]
     if isinstance(value, list):
         return ", ".join(_shown(v) if not isinstance(v, list | dict) else "…" for v in value[:50])
-    return {None: "none", True: "yes", False: "no"}.get(value, f"{value}") if not isinstance(value, dict) else "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    return "none" if value is None or isinstance(value, dict) else f"{value}"
 
 
 def _progress(
