@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from ccpo import credit as credit_rules
 from ccpo.learner import TrainRow
 from ccpo.rollout import Played
 from ccpo.teams import PlayTeam, Team
-from ccpo.types import CreditInputs, CreditOutputs, Turn
+from ccpo.types import CreditInputs, CreditOutputs, FinishReason, Turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,14 +155,15 @@ def lists(values: Mapping[str, Tensor]) -> dict[str, list[list[float]]]:
 
 def turn_lengths(played: Played) -> dict[str, float]:
     """Mean length and truncation rate of each agent's turns, a text that rollouts share counted once."""
-    lengths: dict[str, list[int]] = {}
-    cut: dict[str, list[bool]] = {}
+    lengths: dict[str, list[int]] = defaultdict(list)
+    cut: dict[str, int] = defaultdict(int)
     for group in played.groups:
         for turn in distinct_turns(group.rollouts):
-            lengths.setdefault(turn.agent, []).append(turn.completion.tokens)
-            cut.setdefault(turn.agent, []).append(turn.completion.finish == "length")
+            completion = turn.completion
+            lengths[turn.agent].append(completion.tokens)
+            cut[turn.agent] += completion.finish is FinishReason.LENGTH
     return {f"completions/{a}/mean_length": sum(v) / len(v) for a, v in lengths.items()} | {
-        f"completions/{a}/clipped_ratio": sum(v) / len(v) for a, v in cut.items()
+        f"completions/{a}/clipped_ratio": cut[a] / len(v) for a, v in lengths.items()
     }
 
 

@@ -27,8 +27,8 @@ it was divided by is not theirs."""
 DRIFT = 0.01
 """Nats of KL a token between engine and learner: after 100 tokens the sequence's probability is off by a factor of e. Rounding alone in bfloat16
 gives 1e-4 to 1e-3."""
-READ = 4
-"""Rollouts of a problem whose texts are read and whose votes are counted again, or a few more. Problems are what counts, and reading costs time."""
+READ = 3
+"""Rollouts of a problem whose texts are read and whose votes are counted again, or one more. Problems are what counts, and reading costs time."""
 
 PerAgent = Mapping[str, Sequence[Sequence[float | None]]]
 """Credit or advantages by agent, then problem, then rollout; None is a value that was not finite."""
@@ -56,7 +56,7 @@ def tally(
 
 def _some(group: Group) -> Sequence[Rollout]:
     """The rollouts that are looked at closely, from all parts of the group."""
-    return group.rollouts[:: max(1, len(group.rollouts) // READ)]
+    return group.rollouts[:: max(1, round(len(group.rollouts) / READ))]
 
 
 def _effects(group: Group, reward: float, values: dict[str, list[float]]) -> None:
