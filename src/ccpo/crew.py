@@ -13,6 +13,8 @@ from ccpo.build import Setup, is_remote
 from ccpo.comm import Comm
 from ccpo.config import RunConfig
 from ccpo.engines import make_engine
+from ccpo.engines.adapters import AdapterEngine, SharedDecoder
+from ccpo.engines.native import NativeEngine
 from ccpo.engines.sharded import ShardedEngine
 from ccpo.engines.vllm import Hosts, VllmSettings, check_installed
 from ccpo.engines.vllm_server import ServerHost
@@ -61,6 +63,7 @@ class Crew:
                 if (why := unsupported(policy.model)) is not None:
                     raise UserError(f"model.shard: policy {policy.name!r} cannot be decoded in shards: {why}")
                 shard(policy.model, compute=DTYPES[model.compute] or compute_dtype(self.device), offload=model.offload)
+        self._decoders: dict[int, SharedDecoder] = {}
         self.engines = {name: self._engine(policy) for name, policy in self.policies.items()}
         self._loaded = {name: policy.version for name, policy in self.policies.items()}
         self.frozen_voices: dict[str, Voice] = self._frozen() if config.rollout.removal == "frozen" and train else {}
@@ -75,6 +78,15 @@ class Crew:
                 f"trainer.async_depth: policy {policy.name!r} would be changed while it speaks, for the native engine, which has a copy of the "
                 f"weights, cannot run it: {why}; set trainer.async_depth: 0"
             )
+        engine = self._decoder(policy)
+        return engine if self.comm.size == 1 else ShardedEngine(engine, self.comm)
+
+    def _decoder(self, policy: Policy) -> Any:
+        """Its engine on this rank. Adapters of one base share one decoder, unless they speak while they are changed."""
+        config = self.setup.config
+        shared = self._decoders.get(id(policy.model))
+        if policy.adapter is not None and shared is not None:
+            return AdapterEngine(shared, policy.adapter)
         engine = make_engine(
             policy.model,
             policy.tokenizer,
@@ -83,7 +95,10 @@ class Crew:
             adapter=policy.adapter,
             max_batch_tokens=config.rollout.decode_tokens,
         )
-        return engine if self.comm.size == 1 else ShardedEngine(engine, self.comm)
+        if policy.adapter is None or config.trainer.async_depth or not isinstance(engine, NativeEngine):
+            return engine
+        self._decoders[id(policy.model)] = SharedDecoder(engine)
+        return AdapterEngine(self._decoders[id(policy.model)], policy.adapter)
 
     def _frozen(self) -> dict[str, Voice]:
         """The policies as they are at the start, under names of their own."""
