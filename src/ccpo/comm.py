@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +29,8 @@ class Comm:
 
     rank = 0
     size = 1
+    seconds = 0.0
+    """What has been spent on what follows, waiting for the slowest rank among it."""
 
     @property
     def first(self) -> bool:
@@ -143,6 +146,10 @@ class Ranks(Comm):
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
 
     def gather(self, data: bytes) -> list[bytes]:
+        with self._clock():
+            return self._gather(data)
+
+    def _gather(self, data: bytes) -> list[bytes]:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         with self._in_contact():
             self.dist.all_gather(sizes, torch.tensor([len(data)]))
@@ -154,21 +161,29 @@ class Ranks(Comm):
         return [row[: int(size)].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        for bucket in _buckets(tensors):
-            flat = torch.cat([t.flatten() for t in bucket])
-            with self._in_contact():
-                self.dist.all_reduce(flat)
-            for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+        with self._clock():
+            for bucket in _buckets(tensors):
+                flat = torch.cat([t.flatten() for t in bucket])
+                with self._in_contact():
+                    self.dist.all_reduce(flat)
+                for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    tensor.copy_(part.view_as(tensor))
 
     def copy(self, tensors: Sequence[Tensor]) -> None:
-        for tensor in tensors:
-            with self._in_contact():
-                self.dist.broadcast(tensor, 0)
+        with self._clock():
+            for tensor in tensors:
+                with self._in_contact():
+                    self.dist.broadcast(tensor, 0)
 
     def close(self) -> None:
         if self.owner:
             self.dist.destroy_process_group()
+
+    @contextmanager
+    def _clock(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.seconds += time.monotonic() - started
 
     @contextmanager
     def _in_contact(self) -> Iterator[None]:

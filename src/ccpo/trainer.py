@@ -148,7 +148,8 @@ class Trainer:
 
     def train_step(self) -> dict[str, float]:
         """One step; returns its metrics."""
-        clock = time.monotonic()
+        clock, comm = time.monotonic(), self.crew.comm
+        talked = comm.seconds
         active = self.setup.schedule.active(self.step)
         spent, share = self.tokens, self._spent
         played, waited = self._rollouts()
@@ -196,6 +197,8 @@ class Trainer:
         started = time.monotonic()
         metrics |= self._alarms(played, *paid, metrics)
         seconds["alarms"] = time.monotonic() - started
+        if comm.size > 1:
+            seconds["communication"] = comm.seconds - talked
         return metrics | waited | self._costs(played, clock, seconds)
 
     def _alarms(self, played: Played, credit: Any, advantage: Any, metrics: Mapping[str, float]) -> dict[str, float]:
