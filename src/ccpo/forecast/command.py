@@ -195,7 +195,7 @@ def _on_cards(
             f"of the card's figures ({card.source}) {efficiency.prefill:.0%} of the operations in prefill, {efficiency.update:.0%} in the "
             f"update, {efficiency.bandwidth:.0%} of the bandwidth, and {1e6 * efficiency.launch:.0f} µs a layer and decoding step: from this "
             "library's measurements on one H200",
-            "prompts, credit and alarms take the time that they take on this machine; verdicts, episodes and evaluations are left out",
+            "prompts, credit, alarms and episodes take the time that they take on this machine; verdicts and evaluations are left out",
             *([f"one node has {NODE} GPUs"] if wishes.gpus > NODE else []),
         ],
     }

@@ -53,9 +53,14 @@ class Batch:
 
 def cut(asked: Sequence[Asked], shape: Shape, budget: int) -> list[Batch]:
     """The batches that the native engine makes of these requests, with the rows leaving as it lets them leave."""
+    return [batch_of(part) for part in members(asked, shape, budget)]
+
+
+def members(asked: Sequence[Asked], shape: Shape, budget: int) -> list[list[Asked]]:
+    """The requests of each batch."""
     most = max(1, LOGITS // shape.vocab)
     parts = batches(asked, max_batch_tokens=budget, max_rows=most)  # type: ignore[arg-type]
-    return [batch_of([asked[i] for i in part]) for part in parts]
+    return [[asked[i] for i in part] for part in parts]
 
 
 def batch_of(asked: Sequence[Asked]) -> Batch:

@@ -11,8 +11,8 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import total_ordering
-from itertools import repeat
+from functools import cache, total_ordering
+from itertools import islice
 from typing import Any
 
 from ccpo.comm import Comm
@@ -44,6 +44,7 @@ WORDS = (
 )
 
 VARIED = 64  # tokens of a text that are drawn
+NOISE = 1 << 16  # numbers that texts are taken from; no text is longer
 
 
 @total_ordering
@@ -59,14 +60,11 @@ class Tokens(Sequence[int]):
         return self.size
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [0] * len(range(self.size)[index])
-        if not -self.size <= index < self.size:
-            raise IndexError(index)
-        return 0
+        return list(self)[index]
 
     def __iter__(self) -> Iterator[int]:
-        return repeat(0, self.size)
+        start = hash(self.key) % NOISE
+        return islice(_noise()[0], start, start + self.size)
 
     def __hash__(self) -> int:
         return hash((self.size, self.key))
@@ -78,26 +76,30 @@ class Tokens(Sequence[int]):
         return (self.size, self.key) < (other.size, other.key)
 
 
-class Even(Sequence[float]):
-    """``size`` log-probs of -1."""
+class Logprobs(Sequence[float]):
+    """``size`` log-probs."""
 
-    __slots__ = ("size",)
+    __slots__ = ("key", "size")
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, key: int) -> None:
+        self.size, self.key = size, key
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return [-1.0] * len(range(self.size)[index])
-        if not -self.size <= index < self.size:
-            raise IndexError(index)
-        return -1.0
+        return list(self)[index]
 
     def __iter__(self) -> Iterator[float]:
-        return repeat(-1.0, self.size)
+        start = hash(self.key * 7_919) % NOISE
+        return islice(_noise()[1], start, start + self.size)
+
+
+@cache
+def _noise() -> tuple[list[int], list[float]]:
+    """Numbers as tokens and log-probs are: what they take to be written down hangs on that."""
+    rng = random.Random(0)
+    return [rng.randrange(64) for _ in range(2 * NOISE)], [-rng.expovariate(1.0) for _ in range(2 * NOISE)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +172,7 @@ class StandInEngine:
             done.append(
                 Completion(
                     token_ids=Tokens(length, self.said),  # type: ignore[arg-type]
-                    logprobs=Even(length),  # type: ignore[arg-type]
+                    logprobs=Logprobs(length, self.said),  # type: ignore[arg-type]
                     text=self._text(length - 1, rng),
                     finish=FinishReason.EOS,
                 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,7 +155,6 @@ def work_of(subject: Subject, lengths: Lengths, silent: Mapping[str, float] | No
         update={
             "rollout": config.rollout.model_copy(update={"prompts": played, "cache": "off"}),
             "optim": config.optim.model_copy(update={"minibatches": 1}),
-            "log": config.log.model_copy(update={"episodes": False}),
         }
     )
     task = CoinTask(problems=subject.setup.task)
@@ -171,15 +171,16 @@ def _phase(
     setup: Setup, subject: Subject, lengths: Lengths, silent: Mapping[str, float] | None, start: int
 ) -> StepWork:
     crew, engines = _crew(setup, subject.readers, lengths)
-    trainer = Trainer(setup, crew, RunFolder("plan", writes=False), Sinks({}))  # type: ignore[arg-type]
-    trainer.step = start
     host, metrics = [], {}
-    for _ in range(REPEATS):
-        for engine in engines.values():
-            engine.calls.clear()
-        before, clock = sum(e.seconds for e in engines.values()), time.perf_counter()
-        metrics = trainer.train_step()
-        host.append(time.perf_counter() - clock - sum(e.seconds for e in engines.values()) + before)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(setup, crew, RunFolder(folder), Sinks({}))  # type: ignore[arg-type]
+        trainer.step = start
+        for _ in range(REPEATS):
+            for engine in engines.values():
+                engine.calls.clear()
+            before, clock = sum(e.seconds for e in engines.values()), time.perf_counter()
+            metrics = trainer.train_step()
+            host.append(time.perf_counter() - clock - sum(e.seconds for e in engines.values()) + before)
     config, full = setup.config, subject.setup.config
     times = full.rollout.prompts // config.rollout.prompts
     rows = _plain(_live(crew.learner.rows, full, silent), engines)
