@@ -1,10 +1,11 @@
 """How far ``ccpo plan --gpu cpu`` is from the truth: predicted before anything is run, then measured.
 
-    python benchmarks/plan_accuracy.py [--threads 1] [--steps 7] [--out docs/benchmarks/plan.json]
+    python benchmarks/plan_accuracy.py [--threads 1] [--steps 7] [--cpu-time] [--out docs/benchmarks/plan.json] [--page docs/plan.md]
 
 Four sizes of a random model that never ends a turn, so that all texts have their full length: thinker and solver under CCPO v1, whole training
 steps. Each size is planned first, and then the median of its steps is measured. Last, the demo is trained for some steps and planned by the
-lengths of that run. Nothing of the plan is fitted to the steps.
+lengths of that run. Nothing of the plan is fitted to the steps. ``--cpu-time``: both sides are timed by what this process has got of the CPU, for
+a machine that does something else meanwhile.
 """
 
 from __future__ import annotations
@@ -109,8 +110,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--sizes", default=",".join(CASES))
     parser.add_argument("--no-demo", action="store_true")
+    parser.add_argument("--cpu-time", action="store_true")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--page", type=Path)
     given = parser.parse_args()
+    if given.cpu_time:
+        time.perf_counter = time.monotonic = time.process_time
     torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -119,8 +124,37 @@ def main() -> None:
             cases.append(of_demo(work, given.threads))
     worst = max(max(c["ratio"], 1 / c["ratio"]) for c in cases)
     print(f"the worst of {len(cases)} is off by a factor of {worst:.2f}")
+    results = {
+        "machine": machine("cpu"),
+        "threads": given.threads,
+        "clock": "CPU time" if given.cpu_time else "wall",
+        "worst": worst,
+        "cases": cases,
+    }
     if given.out is not None:
-        given.out.write_text(json.dumps({"machine": machine("cpu"), "worst": worst, "cases": cases}, indent=1) + "\n")
+        given.out.write_text(json.dumps(results, indent=1) + "\n")
+    if given.page is not None:
+        before, _, rest = given.page.read_text(encoding="utf-8").partition(BEGIN)
+        given.page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+BEGIN, END = "<!-- accuracy: written by benchmarks/plan_accuracy.py -->", "<!-- end -->"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as the page shows them."""
+    lines = [
+        f"On {results['machine']['processor']}, {results['threads']} thread, in {results['clock']}:",
+        "",
+        "| | parameters of a policy | predicted | measured | ratio |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for c in results["cases"]:
+        size = c["policies"][0]["parameters"] / 1e6
+        lines.append(
+            f"| {c['name']} | {size:.1f}M | {c['predicted']['total']:.2f} s | {c['measured']:.2f} s | {c['ratio']:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,9 @@ HOSTILE = {
 def test_hostile_text_is_no_rating_and_is_read_in_linear_time(text, strict):
     started = time.process_time()
     assert parse_rating(text, "correct", PAIR, strict=strict) == HALVES
-    assert time.process_time() - started < 20  # at most a second, two where lines are traced; anything quadratic takes hours
+    assert (
+        time.process_time() - started < 20
+    )  # at most a second, two where lines are traced; anything quadratic takes hours
 
 
 PIECES = [

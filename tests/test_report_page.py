@@ -291,7 +291,9 @@ def test_runs_are_compared_and_chosen(browser: Any, report: str):
     ends = page.locator("#compare .chart").first.locator(".ends text").all_text_contents()
     assert [e.split()[0] for e in sorted(ends)] == ["first", "second"]
     page.click("#compare button:has-text('by generated tokens')")
-    page.locator("#compare .chart").nth(1).locator("text.x", has_text="20k").wait_for(state="attached")  # drawn once its size is known
+    page.locator("#compare .chart").nth(1).locator("text.x", has_text="20k").wait_for(
+        state="attached"
+    )  # drawn once its size is known
     page.select_option("#run", "1")
     assert page.inner_text("h1") == "second"
     rollouts(page)

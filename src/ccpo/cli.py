@@ -316,17 +316,10 @@ def plan(
     from ccpo.forecast.report import show
     from ccpo.runfolder import write_json
 
-    wishes = Wishes(
-        gpus=gpus,
-        gpu=gpu,
-        shape=tuple(shape or ()),
-        length_share=length_share,
-        length_spread=length_spread,
-        problem_tokens=problem_tokens,
-        network=network,
-        simulate=simulate,
-        weather=Weather(spread=slowness, mtbf=mtbf, restart=restart),
-    )
+    weather = Weather(spread=slowness, mtbf=mtbf, restart=restart)
+    lengths = {"length_share": length_share, "length_spread": length_spread, "problem_tokens": problem_tokens}
+    asked = {"gpus": gpus, "gpu": gpu, "shape": tuple(shape or ()), "network": network, "simulate": simulate}
+    wishes = Wishes(**asked, **lengths, weather=weather)
     with progress_note("planning"):
         found = make_plan(source, set or (), wishes)
     show(found)

@@ -38,8 +38,8 @@ class Weather:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
     """One size of cluster. ``problems`` of a step; ``step``: mean seconds of one that succeeds; ``rate``: problems an hour that count, after
-    failures; ``efficiency``: of ``ranks`` times what one GPU does; ``straggling``, ``alone``, ``lost``: shares of the time spent waiting for the slowest, in what is
-    not shared out (with communication), and on failures and checkpoints; ``failures``: how many there were."""
+    failures; ``efficiency``: of ``ranks`` times what one GPU does. Shares of the time: ``straggling``, waiting for the slowest; ``alone``, what is
+    not shared out, with communication; ``lost``, failures and checkpoints. ``failures``: how many there were."""
 
     ranks: int
     problems: int

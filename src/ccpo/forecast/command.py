@@ -15,7 +15,7 @@ from ccpo.errors import UserError
 from ccpo.forecast.cards import CPU, NODE, Card, card_of
 from ccpo.forecast.cluster import SIZES, Weather, simulate
 from ccpo.forecast.history import of_run
-from ccpo.forecast.memory import SETTINGS, Placement
+from ccpo.forecast.memory import SETTINGS, Placement, lora_ratio
 from ccpo.forecast.place import Option, best, held_by, mean_seconds, options, shapes_of, tokens_of
 from ccpo.forecast.roofline import Roofline, cut
 from ccpo.forecast.seconds import Machine, StepSeconds, step_cost
@@ -187,6 +187,7 @@ def _on_cards(
         "best": chosen.placement if chosen else None,
         "total": _total(chosen.seconds, generated, config, wishes.gpus) if chosen and chosen.seconds else None,
         "advice": _advice(subject, shapes, work, card, chosen),
+        "lora": _adapters(subject, shapes, every),
         "simulation": _simulation(subject, shapes, work, wishes, chosen.placement)
         if chosen and wishes.simulate
         else None,
@@ -254,6 +255,20 @@ def _total(seconds: StepSeconds, generated: float, config: RunConfig, gpus: int)
         "tokens_per_second": generated / seconds.total,
         "run": run,
         "gpu_hours": run * gpus / 3600,
+    }
+
+
+def _adapters(subject: Subject, shapes: Mapping[str, Shape], every: Sequence[Option]) -> dict[str, Any] | None:
+    """How the memory of adapters on one base grows with the number of agents."""
+    found = next(o for o in every if o.placement is Placement.LORA)
+    if found.memory is None or len(shapes) < 2:
+        return None
+    shape, lora, m = next(iter(shapes.values())), subject.setup.config.model.lora, found.memory
+    rest = {"cache": m.cache / len(shapes), "room": m.copies + m.activations + m.logits}
+    return {
+        "policies": len(shapes),
+        "ratio": lora_ratio(shape, len(shapes), lora.rank, **rest),
+        "shared_decoder": lora_ratio(shape, len(shapes), lora.rank, **rest, shared_decoder=True),
     }
 
 

@@ -32,6 +32,12 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     else:
         _placements(plan, console)
     _totals(plan, out)
+    if plan.get("lora"):
+        lora = plan["lora"]
+        out(
+            f"As adapters on one base (lora), {lora['policies']} policies need {lora['ratio']:.2f} times the memory of one: the native decoder "
+            f"keeps a merged copy for each. It would be {lora['shared_decoder']:.2f} with one copy for all."
+        )
     for row in plan["advice"]:
         out(f"Note: {row}.")
     if plan["simulation"]:
@@ -109,7 +115,7 @@ def _simulation(simulation: Mapping[str, Any], console: Console) -> None:
             f"{row['problems']:,}",
             _time(row["step"]),
             f"{row['rate']:,.0f}",
-            *(f"{row[key]:.0%}" for key in ("efficiency", "straggling", "alone", "lost")),
+            *(f"{max(0.0, row[key]):.0%}" for key in ("efficiency", "straggling", "alone", "lost")),
             str(row["failures"]),
         )
     w = simulation["weather"]

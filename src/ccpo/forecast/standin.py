@@ -173,7 +173,8 @@ class StandInEngine:
                 Completion(
                     token_ids=Tokens(length, self.said),  # type: ignore[arg-type]
                     logprobs=Logprobs(length, self.said),  # type: ignore[arg-type]
-                    text=self._text(length - 1, rng),
+                    # one of the most tokens was cut off, and has no end token; it counts as ended, so that it can be paid
+                    text=self._text(length - (length < request.max_tokens), rng),
                     finish=FinishReason.EOS,
                 )
             )
