@@ -152,8 +152,8 @@ def decoding_cost(
             every = cut(of_rank(call, ranks), shape, config.rollout.decode_tokens)
             prefill += sum(roof.prefill(shape, batch) for batch in every)
             decode += sum(roof.decode(shape, batch) for batch in every)
-            caches[name] = max(caches.get(name, 0.0), *(_arena(shape, batch) for batch in every))
-            sampling = max(sampling, *(_sampling(shape, batch) for batch in every))
+            caches[name] = max((caches.get(name, 0.0), *(_arena(shape, batch) for batch in every)))
+            sampling = max((sampling, *(_sampling(shape, batch) for batch in every)))
     return Decoding(prefill=prefill, decode=decode, caches=caches, sampling=sampling)
 
 
@@ -198,11 +198,9 @@ def step_cost(
             offload = placement is Placement.OFFLOAD
             optimizer += 8 * weight * numbers / HOST if offload else roof.optimizer(numbers, 4 if lora else weight)
             talk += config.optim.epochs * _talk(machine, policy, trained, len(parts), weight, placement)
-            most = max(
-                most,
-                *(memory.activation_bytes(policy.shape, m.tokens, checkpointing=checkpointing) for m in parts),
-            )
-            logits = max(logits, *(memory.logit_bytes(policy.shape, m.scored) for m in parts))
+            saved = [memory.activation_bytes(policy.shape, m.tokens, checkpointing=checkpointing) for m in parts]
+            most = max((most, *saved))
+            logits = max((logits, *(memory.logit_bytes(policy.shape, m.scored) for m in parts)))
         refresh += roof.refresh(policy.shape.parameters, weight)
         if sharded:
             talk += machine.all_gather(weight * policy.shape.parameters)

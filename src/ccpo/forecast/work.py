@@ -40,7 +40,8 @@ from ccpo.teams import Team
 from ccpo.trainer import KINDS, Trainer
 from ccpo.types import Problem
 
-PLAYED = 32  # the most problems of a step that are played; the rest are taken to be like them
+PLAYED = 4, 32  # at least and at most so many problems of a step are played; the rest are taken to be like them
+TOKENS = 400_000  # generated tokens of them, about
 REPEATS = 3  # times that a step is played, for the seconds of what is around the models
 Calls = Mapping[str, Sequence[Sequence[Asked]]]
 
@@ -150,7 +151,7 @@ def work_of(subject: Subject, lengths: Lengths, silent: Mapping[str, float] | No
     by agent, the share of its rows that have no gradient; None: those that the coins leave without."""
     schedule, config = subject.setup.schedule, subject.setup.config
     starts = [schedule.period * i for i in range(len(schedule.agents))] if schedule.alternating else [0]
-    played = _played(config.rollout.prompts)
+    played = _played(subject.setup, lengths)
     small = config.model_copy(
         update={
             "rollout": config.rollout.model_copy(update={"prompts": played, "cache": "off"}),
@@ -161,10 +162,13 @@ def work_of(subject: Subject, lengths: Lengths, silent: Mapping[str, float] | No
     return [_phase(replace(subject.setup, config=small, task=task), subject, lengths, silent, s) for s in starts]
 
 
-def _played(prompts: int) -> int:
-    """How many of a step's problems are played: the largest divisor up to ``PLAYED``, or all where only few would be."""
-    best = max(d for d in range(1, min(PLAYED, prompts) + 1) if prompts % d == 0)
-    return best if best >= min(prompts, PLAYED // 4) else prompts
+def _played(setup: Setup, lengths: Lengths) -> int:
+    """How many of a step's problems are played: the largest divisor up to ``PLAYED``, or all where that would be few."""
+    prompts = setup.config.rollout.prompts
+    texts = [lengths.share * setup.samplings[turn.agent].max_tokens for turn in setup.team.turns]
+    limit = min(prompts, max(PLAYED[0], min(PLAYED[1], int(TOKENS / (setup.config.rollout.samples * sum(texts))))))
+    best = max(d for d in range(1, limit + 1) if prompts % d == 0)
+    return best if best >= limit / 4 else prompts
 
 
 def _phase(
