@@ -220,6 +220,16 @@ def test_what_a_recipe_forbids_is_said():
     assert "different models" in mixed["lora"]["why"]
 
 
+def test_a_shape_in_the_place_of_a_model():
+    made = plan("demo", QUICK, Wishes(shape=("qwen2.5-0.5b", "solver=llama-3.2-1b")))
+    assert [p["parameters"] for p in made["policies"]] == [494_032_768, 1_235_814_400]
+
+
+def test_a_budget_of_tokens_bounds_the_steps():
+    made = plan("demo", [*QUICK, "trainer={tokens: 100000}"])
+    assert made["total"]["steps"] == -(-100_000 // round(made["tokens"]["generated"]))
+
+
 def test_a_recipe_of_adapters_stays_one():
     made = found("model.sharing=lora", recipe=("math_qwen2.5-1.5b_v2", SHORT), gpu="h200")
     assert made["best"] == "lora"
@@ -289,6 +299,10 @@ def test_without_episodes_the_metrics_tell(home: Path, tmp_path: Path):
     (folder / "metrics.jsonl").unlink()
     made = plan(str(folder))  # a run without a step has only its recipe
     assert any("of their most tokens" in line for line in made["assumed"])
+    stored = json.loads((folder / "recipe.json").read_text())
+    (folder / "recipe.json").write_text(json.dumps({**stored, "objects": {"team": "a team"}}))
+    with pytest.raises(UserError, match="was started from Python with its own team"):
+        plan(str(folder))
     (folder / "recipe.json").write_text('{"x": 1}')
     with pytest.raises(UserError, match="holds no recipe"):
         plan(str(folder))
@@ -370,7 +384,7 @@ def test_failures_cost_what_they_should():
 def test_a_cluster_that_never_gets_on_has_no_goodput():
     weather = Weather(spread=0.0, mtbf=0.01, every=50, restart=0.0, write=0.0, steps=50)
     (row,) = simulate(lambda n, p: (StepSeconds(decode=100.0), 1), 1, weather, (1,))
-    assert row.rate == 0.0
+    assert (row.rate, row.lost) == (0.0, 1.0)
 
 
 # ---- the page's numbers

@@ -291,7 +291,7 @@ def plan(
     gpu: Annotated[str, typer.Option(help="h100, a100-80, …; cpu: this machine, measured")] = "h100",
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="[AGENT=]NAME", help="a well-known shape for models whose config is not here"),
+        typer.Option(metavar="[AGENT=]NAME", help="a well-known shape in the place of the models' own"),
     ] = None,
     length_share: Annotated[float, typer.Option(help="mean length of a text, as a share of its most tokens")] = 0.5,
     length_spread: Annotated[float, typer.Option(help="deviation of lengths over their mean")] = 0.5,

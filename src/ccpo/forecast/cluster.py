@@ -38,7 +38,7 @@ class Weather:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
     """One size of cluster. ``problems`` of a step; ``step``: mean seconds of one that succeeds; ``rate``: problems an hour that count, after
-    failures; ``efficiency``: of ``ranks`` times what one GPU does. Shares of the time: ``straggling``, waiting for the slowest; ``alone``, what is
+    failures; ``efficiency``: of what so many GPUs of the first row's cluster do. Shares of the time: ``straggling``, waiting for the slowest; ``alone``, what is
     not shared out, with communication; ``lost``, failures and checkpoints. ``failures``: how many there were."""
 
     ranks: int
@@ -75,6 +75,9 @@ def _simulated(
     step_S = (alone + seconds.shared_out * slow_S).tolist()
     span, failures = _with_failures(step_S, ranks, weather)
     useful = sum(step_S)
+    if span == math.inf:
+        kept = {"rate": 0.0, "efficiency": 0.0, "straggling": 0.0, "alone": 0.0, "lost": 1.0}
+        return Simulated(ranks=ranks, problems=problems, step=useful / len(step_S), failures=failures, **kept)
     rate = problems * len(step_S) / span * 3600
     return Simulated(
         ranks=ranks,

@@ -23,6 +23,11 @@ def of_run(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[s
     stored = read_json(folder.recipe)
     if not isinstance(stored, dict) or not isinstance(stored.get("config"), dict):
         raise UserError(f"{folder.recipe} holds no recipe; give the folder of a run, or a recipe's file")
+    if stored.get("objects"):
+        raise UserError(
+            f"{path} was started from Python with its own {', '.join(stored['objects'])}, which ccpo plan cannot see; plan a recipe that "
+            "names them (module:attribute)"
+        )
     config = load_recipe(stored["config"], overrides)
     metrics = folder.read_lines(folder.metrics)[-LAST:]
     lengths: dict[str, list[int]] = {}

@@ -29,7 +29,10 @@ class Option:
 
 
 def shapes_of(subject: Subject, given: Sequence[str]) -> dict[str, Shape]:
-    """The shape of each policy. ``given``: ``NAME`` for all whose config is not here, or ``AGENT=NAME``. Raises UserError."""
+    """The shape of each policy. ``given``: ``NAME``, a well-known shape in the place of all models', or ``AGENT=NAME`` of one agent's.
+
+    Raises UserError.
+    """
     setup, found = subject.setup, {}
     named: dict[str, str] = {}
     for text in given:
@@ -44,12 +47,11 @@ def shapes_of(subject: Subject, given: Sequence[str]) -> dict[str, Shape]:
             continue
         path, own = subject.policies[policy], agent in setup.config.agents and setup.config.agents[agent].model
         where = f"agents.{agent}.model" if own else "model.path"
-        if path == "bootstrap":
+        name = named.get(agent, named.get(""))
+        if name is not None:
+            found[policy] = preset(name, "--shape")
+        elif path == "bootstrap":
             found[policy] = of_section(setup.config.bootstrap, len(subject.readers[policy]))
-        elif agent in named:
-            found[policy] = preset(named[agent], "--shape")
-        elif "" in named:
-            found[policy] = preset(named[""], "--shape")
         else:
             found[policy] = shape_of(path, where)
     return found

@@ -102,8 +102,8 @@ def _totals(plan: Mapping[str, Any], out: _Printer) -> None:
     if total is None:
         return
     out(
-        f"{_time(total['step'])} a step, {total['tokens_per_second']:,.0f} generated tokens a second; {plan['steps']:,} steps: "
-        f"{_time(total['run'])}, {total['gpu_hours']:,.1f} {'core' if plan['gpu'] == 'cpu' else 'GPU'}-hours, without evaluations."
+        f"{_time(total['step'])} a step, {total['tokens_per_second']:,.0f} generated tokens a second; {total['steps']:,} steps: "
+        f"{_time(total['run'])}, {total['gpu_hours']:,.1f} {'process' if plan['gpu'] == 'cpu' else 'GPU'}-hours, without evaluations."
     )
 
 
