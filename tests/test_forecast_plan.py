@@ -113,7 +113,12 @@ def test_every_command_of_the_page_runs(words: list[str], home: Path, monkeypatc
         ("demo", [], {"problem_tokens": 9}, "model.path is 'bootstrap'.*--problem-tokens"),
         ("demmo", [], {}, "Did you mean 'demo'"),
         ("demo", ["trainer.stepz=3"], {}, "Did you mean 'steps'"),
-        ("demo", ["rollout.max_tokens=600"], {}, "positions for prompt and text; lower rollout.max_tokens"),
+        (
+            "demo",
+            ["rollout.max_tokens=600"],
+            {},
+            "the model has 512 positions; shorten the prompt .* or lower max_tokens",
+        ),
         ("demo", ["model.path=/no/such/model"], {}, "model.path: the model folder '/no/such/model' does not exist"),
         (
             "demo",

@@ -38,8 +38,11 @@ class Weather:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulated:
     """One size of cluster. ``problems`` of a step; ``step``: mean seconds of one that succeeds; ``rate``: problems an hour that count, after
-    failures; ``efficiency``: of what so many GPUs of the first row's cluster do. Shares of the time: ``straggling``, waiting for the slowest; ``alone``, what is
-    not shared out, with communication; ``lost``, failures and checkpoints. ``failures``: how many there were."""
+    failures; ``efficiency``: that of a GPU, beside one of the first row.
+
+    Shares of the time: ``straggling``, waiting for the slowest; ``alone``, what is not shared out, with communication; ``lost``, failures and
+    checkpoints. ``failures``: how many there were.
+    """
 
     ranks: int
     problems: int

@@ -70,8 +70,7 @@ def plan(source: str, overrides: Sequence[str] = (), wishes: Wishes | None = Non
     _check(config, wishes)
     subject = make_subject(config, wishes.problem_tokens)
     shapes = shapes_of(subject, wishes.shape)
-    _check_positions(subject, shapes)
-    work = work_of(subject, lengths, silent)
+    work = work_of(subject, lengths, silent, {name: shape.positions for name, shape in shapes.items()})
     found = _described(subject, shapes, work, wishes)
     found["assumed"] = [*assumed, *subject.assumed, *found["assumed"]]
     return found
@@ -108,17 +107,6 @@ def _check(config: RunConfig, wishes: Wishes) -> None:
         raise UserError(
             "model.engine is 'vllm', whose speed ccpo plan does not know; plan with --set model.engine=native"
         )
-
-
-def _check_positions(subject: Subject, shapes: Mapping[str, Shape]) -> None:
-    """A turn that the model has no positions for would fail at its first long prompt."""
-    setup = subject.setup
-    for agent, policy in setup.policy_of.items():
-        if policy in shapes and setup.samplings[agent].max_tokens >= shapes[policy].positions:
-            raise UserError(
-                f"agent {agent!r} may say {setup.samplings[agent].max_tokens} tokens, but {shapes[policy].name} has "
-                f"{shapes[policy].positions} positions for prompt and text; lower rollout.max_tokens"
-            )
 
 
 def _described(

@@ -98,21 +98,22 @@ class Bench:
     ) -> tuple[float, float, float]:
         """Seconds of all ``calls``, of the update on ``minibatches``, and of the refresh after it."""
         every = [self._generate(call) for call in calls]
-        learned = self._update(minibatches) if minibatches else None
-        refreshed = self._refresh() if minibatches else None
-        found = self._timed([p for p in (*every, learned, refreshed) if p])
-        decode = sum(found[: len(every)])
-        return decode, *(found[len(every) :] or (0.0, 0.0))
+        learned = [*self._update(minibatches), self._refresh()] if minibatches else []
+        found = self._timed([*every, *learned])
+        update, optimizer, refresh = found[len(every) :] or (0.0, 0.0, 0.0)
+        return sum(found[: len(every)]), update + optimizer, refresh
 
     def _timed(self, pieces: Sequence[Piece]) -> list[float]:
         sides = {(i, depth): piece.run(depth) for i, piece in enumerate(pieces) for depth in self.models}
         taken = in_turns(sides, repeats=REPEATS)  # type: ignore[arg-type]
         found = []
         for i, piece in enumerate(pieces):
-            at = {d: statistics.median(taken[i, d]) * piece.times(d) for d in self.models}  # type: ignore[index]
-            low, high = min(at), max(at)
+            median = {d: statistics.median(taken[i, d]) for d in self.models}  # type: ignore[index]
+            low, high = min(median), max(median)
+            median[high] = max(median.values())  # one layer more is not less
+            at = {d: seconds * piece.times(d) for d, seconds in median.items()}
             a_layer = (at[high] - at[low]) / (high - low) if high > low else 0.0
-            found.append(at[low] + max(0.0, a_layer) * (self.shape.layers - low))
+            found.append(at[low] + a_layer * (self.shape.layers - low))
         return found
 
     def _model(self, depth: int) -> Policy:
@@ -131,7 +132,7 @@ class Bench:
             num_attention_heads=s.heads,
             num_key_value_heads=s.kv_heads,
             intermediate_size=s.mlp,
-            max_position_embeddings=s.positions,
+            max_position_embeddings=1 << 20,  # it costs nothing
             tie_word_embeddings=s.tied,
             eos_token_id=None,
             bos_token_id=None,
@@ -179,25 +180,42 @@ class Bench:
         engines = {depth: self._engine(depth) for depth in self.models}
         return Piece(name="decode", run=lambda depth: lambda: engines[depth].generate(requests), times=times)
 
-    def _update(self, minibatches: Sequence[Sequence[TrainRow]]) -> Piece:
-        """One update on a mini-batch, or on part of it."""
-        config = self.config.model_copy(update={"optim": self.config.optim.model_copy(update={"epochs": 1})})
-        deep = replace(self.shape, layers=max(self.models))
-        rows = list(max(minibatches, key=len))
-        share = min(1.0, OPERATIONS / row_operations(deep, rows, config))
-        sample = rows[: max(1, round(share * len(rows)))]
-        real = [[self._real(row) for row in sample]]
-        learners = {d: make_learner(config, {self.name: p}) for d, p in self.models.items()}
+    def _update(self, minibatches: Sequence[Sequence[TrainRow]]) -> list[Piece]:
+        """All updates of a step, or on part of each mini-batch; and the optimiser alone, whose work does not grow with the rows."""
+        epochs, deep = self.config.optim.epochs, replace(self.shape, layers=max(self.models))
+        total = epochs * sum(row_operations(deep, part, self.config) for part in minibatches)
+        share = min(1.0, OPERATIONS / total)
+        samples = [list(part[: max(1, round(share * len(part)))]) for part in minibatches if part]
+        real = [[self._real(row) for row in part] for part in samples]
+        learners = {d: make_learner(self.config, {self.name: p}) for d, p in self.models.items()}
 
-        def times(depth: int) -> float:
+        def more(depth: int) -> float:
             shape = replace(self.shape, layers=depth)
-            total = sum(row_operations(shape, part, config) for part in minibatches)
-            return self.config.optim.epochs * total / row_operations(shape, sample, config)
+            counts = [
+                sum(row_operations(shape, part, self.config) for part in parts) for parts in (minibatches, samples)
+            ]
+            return counts[0] / counts[1]
 
-        def run(depth: int) -> Callable[[], Any]:
+        def learn(depth: int) -> Callable[[], Any]:
             return lambda: learners[depth].step(real, step=0, failure_folder=Path("failure"))
 
-        return Piece(name="update", run=run, times=times)
+        def optimize(depth: int) -> Callable[[], Any]:
+            optimizer = learners[depth].optimizers[self.name]
+
+            def run() -> None:
+                for parameter in optimizer.parameters.values():
+                    parameter.grad = torch.zeros_like(parameter)
+                optimizer.clip()
+                optimizer.step(1.0)
+
+            return run
+
+        updates = epochs * len(samples)
+        return [
+            Piece(name="update", run=learn, times=more),
+            # what `more` times as many rows do not make more
+            Piece(name="optimizer", run=optimize, times=lambda depth: updates * (1 - more(depth))),
+        ]
 
     def _refresh(self) -> Piece:
         engines = {depth: self._engine(depth) for depth in self.models}

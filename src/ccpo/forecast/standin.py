@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any
 
 from ccpo.comm import Comm
+from ccpo.engines.base import check_requests
 from ccpo.learner import TrainRow
 from ccpo.learner.update import UpdateStats
 from ccpo.rollout import Voice
@@ -142,8 +143,8 @@ class Asked:
 
 @dataclass(kw_only=True)
 class StandInEngine:
-    """Says texts of the lengths that ``lengths`` draws. ``calls``: what each call of `generate` asked for; ``seconds``: spent in here. An
-    agent is told apart by a stop string of its own."""
+    """Says texts of the lengths that ``lengths`` draws; what the native engine refuses it refuses too. ``calls``: what each call of `generate`
+    asked for; ``seconds``: spent in here. An agent is told apart by a stop string of its own."""
 
     policy: str
     lengths: Lengths
@@ -164,6 +165,7 @@ class StandInEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         started = time.perf_counter()
+        check_requests(requests, vocab=NOISE, positions=self.positions)
         done, asked = [], []
         for request in requests:
             rng = random.Random(request.seed)

@@ -146,9 +146,17 @@ def _reader(path: str, setup: Setup, assumed: list[str]) -> Any:
     return CountingReader()
 
 
-def work_of(subject: Subject, lengths: Lengths, silent: Mapping[str, float] | None = None) -> list[StepWork]:
-    """The work of a step in each phase of the schedule: one for a simultaneous schedule, one an agent for an alternating one. ``silent``:
-    by agent, the share of its rows that have no gradient; None: those that the coins leave without."""
+def work_of(
+    subject: Subject,
+    lengths: Lengths,
+    silent: Mapping[str, float] | None = None,
+    positions: Mapping[str, int] | None = None,
+) -> list[StepWork]:
+    """The work of a step in each phase of the schedule: one for a simultaneous schedule, one an agent for an alternating one.
+
+    ``silent``: by agent, the share of its rows that have no gradient; None: those that the coins leave without. ``positions``: by policy, how
+    many its model has. Raises UserError for requests that no model of so many could be asked.
+    """
     schedule, config = subject.setup.schedule, subject.setup.config
     starts = [schedule.period * i for i in range(len(schedule.agents))] if schedule.alternating else [0]
     played = _played(subject.setup, lengths)
@@ -159,7 +167,10 @@ def work_of(subject: Subject, lengths: Lengths, silent: Mapping[str, float] | No
         }
     )
     task = CoinTask(problems=subject.setup.task)
-    return [_phase(replace(subject.setup, config=small, task=task), subject, lengths, silent, s) for s in starts]
+    return [
+        _phase(replace(subject.setup, config=small, task=task), subject, lengths, silent, positions or {}, s)
+        for s in starts
+    ]
 
 
 def _played(setup: Setup, lengths: Lengths) -> int:
@@ -172,9 +183,14 @@ def _played(setup: Setup, lengths: Lengths) -> int:
 
 
 def _phase(
-    setup: Setup, subject: Subject, lengths: Lengths, silent: Mapping[str, float] | None, start: int
+    setup: Setup,
+    subject: Subject,
+    lengths: Lengths,
+    silent: Mapping[str, float] | None,
+    positions: Mapping[str, int],
+    start: int,
 ) -> StepWork:
-    crew, engines = _crew(setup, subject.readers, lengths)
+    crew, engines = _crew(setup, subject.readers, lengths, positions)
     host, metrics = [], {}
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(setup, crew, RunFolder(folder), Sinks({}))  # type: ignore[arg-type]
@@ -204,7 +220,9 @@ def _phase(
     )
 
 
-def _crew(setup: Setup, readers: Mapping[str, Any], lengths: Lengths) -> tuple[StandInCrew, dict[str, StandInEngine]]:
+def _crew(
+    setup: Setup, readers: Mapping[str, Any], lengths: Lengths, positions: Mapping[str, int]
+) -> tuple[StandInCrew, dict[str, StandInEngine]]:
     engines: dict[str, StandInEngine] = {}
 
     def voices(suffix: str = "") -> dict[str, Voice]:
@@ -212,7 +230,9 @@ def _crew(setup: Setup, readers: Mapping[str, Any], lengths: Lengths) -> tuple[S
         for agent, policy in setup.policy_of.items():
             name, reader = policy + suffix, readers.get(policy) or CountingReader()
             if name not in engines:
-                engines[name] = StandInEngine(policy=name, lengths=lengths, reader=_length_of(reader))
+                engines[name] = StandInEngine(
+                    policy=name, lengths=lengths, reader=_length_of(reader), positions=positions.get(policy)
+                )
             sampling = setup.samplings[agent]
             marked = replace(sampling, stop=(*sampling.stop, agent))
             found[agent] = Voice(agent=agent, policy=name, engine=engines[name], tokenizer=reader, sampling=marked)
