@@ -139,7 +139,7 @@ def test_every_command_of_the_page_runs(words: list[str], home: Path, monkeypatc
             {"shape": ("solvr=qwen2.5-7b",)},
             "--shape solvr=qwen2.5-7b: the team has no agent",
         ),
-        ("demo", ["model.path=Qwen/Qwen2.5-7B"], {"gpu": "cpu"}, "two layers of qwen2.5-7b have .* too many"),
+        ("demo", ["model.path=Qwen/Qwen2.5-7B"], {"gpu": "cpu"}, "3 layers of qwen2.5-7b have .* too many"),
         ("demo", ["model.engine=vllm"], {}, "--set model.engine=native"),
         ("math_qwen2.5-1.5b_v2", [], {}, "math_train.parquet.*--problem-tokens N"),
         ("math_olmo3-7b_v2", [], {"problem_tokens": 100}, "model.path: the config of 'allenai/Olmo-3-7B-Instruct'"),

@@ -1,4 +1,4 @@
-"""Seconds of a step on this machine's CPU: the library's own decoder and update, timed on models of one and two layers of a recipe's shapes, on the
+"""Seconds of a step on this machine's CPU: the library's own decoder and update, timed on models of one and three layers of a recipe's shapes, on the
 requests and rows of :mod:`ccpo.forecast.work`; the rest of the layers, and of the work, in proportion."""
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ccpo.learner import Policy, TrainRow
 from ccpo.learner.lora import lora_config, wrap
 from ccpo.types import Request
 
-DEPTHS = (1, 2)  # layers of the models that are timed
+DEPTHS = (1, 3)  # layers of the models that are timed
 REPEATS = 3
-OPERATIONS = 4e10  # of one piece that is timed; more is timed in part
+OPERATIONS = 6e10  # of one piece that is timed; more is timed in part
 LARGEST = 400_000_000  # numbers of a model that is timed
 SHORTEST = 1 / 4  # texts are shortened to no less than this before rows are left out
 
@@ -63,7 +63,7 @@ def measured_step(work: StepWork, shapes: Mapping[str, Shape], subject: Subject)
         size = replace(shape, layers=DEPTHS[-1]).parameters
         if size > LARGEST:
             raise UserError(
-                f"--gpu cpu: two layers of {shape.name} have {size / 1e6:,.0f}M parameters, too many to be timed here in passing; name a card "
+                f"--gpu cpu: {DEPTHS[-1]} layers of {shape.name} have {size / 1e6:,.0f}M parameters, too many to be timed here; name a card "
                 "with --gpu, for example --gpu h100"
             )
     with _threads(config.run.threads):
@@ -110,7 +110,7 @@ class Bench:
         for i, piece in enumerate(pieces):
             median = {d: statistics.median(taken[i, d]) for d in self.models}  # type: ignore[index]
             low, high = min(median), max(median)
-            median[high] = max(median.values())  # one layer more is not less
+            median[high] = max(median.values())  # more layers are not less
             at = {d: seconds * piece.times(d) for d, seconds in median.items()}
             a_layer = (at[high] - at[low]) / (high - low) if high > low else 0.0
             found.append(at[low] + a_layer * (self.shape.layers - low))
