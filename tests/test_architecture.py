@@ -60,6 +60,7 @@ TOP = {
     "display",
     "doctor",
     "evaluate",
+    "forecast",
     "launch",
     "ahead",
     "pay",

@@ -155,6 +155,8 @@ def test_eval_reads_a_file_of_the_users(trained):
         (["chat", "runs/none", "hi"], "recipe.json"),
         (["diagnose", "alarms", "runs/none"], "recipe.json"),
         (["diagnose", "free-riding", "runs/none"], "neither a run's folder nor a file"),
+        (["plan", "demo", "--gpu", "h10"], "Did you mean 'h100'"),
+        (["plan", "demo", "--gpus", "0"], "--gpus: found 0"),
         (["plot", "runs/none", "--kind", "curve", "--out", "a.pdf"], "Did you mean 'curves'"),
         (["plot", "runs/none", "--kind", "curves", "--out", "a.docx"], ".pdf, .svg, .png"),
         (["plot", "runs/none", "--kind", "curves", "--out", "a.pdf"], "recipe.json"),

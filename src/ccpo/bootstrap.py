@@ -89,6 +89,11 @@ def _characters(team: Team, task: ProceduralTask) -> str:
     return "".join(sorted(set(task.alphabet + "".join(t.template for t in team.turns))))
 
 
+def base_tokenizer(team: Team, task: ProceduralTask):
+    """The tokenizer that the base model for ``team`` on ``task`` gets."""
+    return character_tokenizer(_characters(team, task))
+
+
 def character_tokenizer(alphabet: str):
     """A tokenizer with one token a character of ``alphabet`` (ASCII), and a padding and an end token.
 
@@ -117,7 +122,7 @@ def train_base(team: Team, task: ProceduralTask, section: BootstrapSection, repo
     """Train the base model; returns it with its tokenizer."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    tokenizer = character_tokenizer(_characters(team, task))
+    tokenizer = base_tokenizer(team, task)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=section.hidden,

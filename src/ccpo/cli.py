@@ -1,4 +1,4 @@
-"""The command line: ``ccpo train | eval | report | watch | diagnose | chat | compare | plot | bench | doctor | recipes``.
+"""The command line: ``ccpo train | eval | report | watch | diagnose | chat | compare | plot | plan | bench | doctor | recipes``.
 
 It parses, wires and prints; nothing imports it.
 """
@@ -282,6 +282,50 @@ def plot(
     from ccpo.plot import plot as draw
 
     typer.echo(f"Figure: {draw(runs, kind, out)}")
+
+
+@app.command()
+def plan(
+    source: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="a recipe, or the folder of a run like it")],
+    gpus: Annotated[int, typer.Option(help="how many, one process each")] = 1,
+    gpu: Annotated[str, typer.Option(help="h100, a100-80, …; cpu: this machine, measured")] = "h100",
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[AGENT=]NAME", help="a well-known shape in the place of the models' own"),
+    ] = None,
+    length_share: Annotated[float, typer.Option(help="mean length of a text, as a share of its most tokens")] = 0.5,
+    length_spread: Annotated[float, typer.Option(help="deviation of lengths over their mean")] = 0.5,
+    problem_tokens: Annotated[
+        int | None, typer.Option(help="plan without the recipe's data, with problems of so many tokens")
+    ] = None,
+    network: Annotated[float | None, typer.Option(help="GB/s from a GPU to another node; default: the card's")] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="up to 1,024 GPUs, with stragglers and failures")
+    ] = False,
+    slowness: Annotated[float, typer.Option(help="with --simulate: spread of the ranks' speed (log-normal)")] = 0.08,
+    mtbf: Annotated[float, typer.Option(help="with --simulate: hours between failures of one GPU")] = 50_000.0,
+    restart: Annotated[float, typer.Option(help="with --simulate: seconds until a run goes on")] = 300.0,
+    json: Annotated[Path | None, typer.Option(help="write the plan here")] = None,
+    set: Set = None,
+) -> None:
+    """Predict what a run will cost before it begins: memory, seconds, tokens, GPU-hours, the best placement."""
+    from ccpo.display import progress_note
+    from ccpo.forecast.cluster import Weather
+    from ccpo.forecast.command import Wishes
+    from ccpo.forecast.command import plan as make_plan
+    from ccpo.forecast.report import show
+    from ccpo.runfolder import write_json
+
+    weather = Weather(spread=slowness, mtbf=mtbf, restart=restart)
+    lengths = {"length_share": length_share, "length_spread": length_spread, "problem_tokens": problem_tokens}
+    asked = {"gpus": gpus, "gpu": gpu, "shape": tuple(shape or ()), "network": network, "simulate": simulate}
+    wishes = Wishes(**asked, **lengths, weather=weather)
+    with progress_note("planning"):
+        found = make_plan(source, set or (), wishes)
+    show(found)
+    if json is not None:
+        write_json(json, found)
+        typer.echo(f"Plan: {json}")
 
 
 @app.command()
