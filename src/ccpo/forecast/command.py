@@ -252,12 +252,10 @@ def _adapters(subject: Subject, shapes: Mapping[str, Shape], every: Sequence[Opt
     if found.memory is None or len(shapes) < 2:
         return None
     shape, lora, m = next(iter(shapes.values())), subject.setup.config.model.lora, found.memory
-    rest = {"cache": m.cache / len(shapes), "room": m.copies + m.activations + m.logits}
-    return {
-        "policies": len(shapes),
-        "ratio": lora_ratio(shape, len(shapes), lora.rank, **rest),
-        "shared_decoder": lora_ratio(shape, len(shapes), lora.rank, **rest, shared_decoder=True),
-    }
+    own = subject.setup.config.trainer.async_depth > 0
+    cache, room = m.cache / (len(shapes) if own else 1), m.copies + m.activations + m.logits
+    ratio = lora_ratio(shape, len(shapes), lora.rank, own_decoders=own, cache=cache, room=room)
+    return {"policies": len(shapes), "ratio": ratio}
 
 
 def _advice(

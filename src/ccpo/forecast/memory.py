@@ -82,12 +82,13 @@ def standing(
     weight_bytes: int,
     decoder_bytes: int,
     copies: bool,
+    own_decoders: bool = False,
 ) -> tuple[float, float, float, float]:
     """``(weights, optimizer, decoders, largest gradient)`` on one of ``ranks`` GPUs.
 
     Weights and AdamW's two states are ``weight_bytes`` a number each; a policy's gradient is freed before the next policy's begins, so that
-    only the largest counts. With adapters the base stands once, and ``decoder_bytes`` a number are copied for *each* policy: the native
-    engine merges an adapter into a copy of its own. ``copies``: whether decoders hold copies at all.
+    only the largest counts. With adapters the base stands once, and so does the decoder's copy of it, unless each has a decoder of its own
+    (``own_decoders``: `trainer.async_depth`). ``copies``: whether decoders hold copies at all.
     """
     share = 1 / ranks if placement is Placement.FSDP2 else 0.0 if placement is Placement.OFFLOAD else 1.0
     if placement is Placement.LORA:
@@ -101,7 +102,9 @@ def standing(
         trained = [sizes[name] for name, held in policies.items() if held.trained]
         weights, optimizer = share * sum(sizes.values()), share * STATES * sum(trained)
         gradient = share * max(trained, default=0)
-    decoders = sum(decoder_bytes * held.shape.parameters for held in policies.values()) if copies else 0
+    decoders = decoder_bytes * sum(held.shape.parameters for held in policies.values()) if copies else 0
+    if placement is Placement.LORA and not own_decoders and copies:
+        decoders = decoder_bytes * base.parameters
     return weights, optimizer, float(decoders), gradient
 
 
@@ -145,19 +148,24 @@ def logit_bytes(shape: Shape, scored: int, device: str = "cuda", compute: int = 
 
 
 def lora_ratio(
-    shape: Shape, agents: int, rank: int = 16, *, shared_decoder: bool = False, cache: float = 0.0, room: float = 0.0
+    shape: Shape, agents: int, rank: int = 16, *, own_decoders: bool = False, cache: float = 0.0, room: float = 0.0
 ) -> float:
     """How many times the memory of one agent K ``agents`` need as adapters of ``rank`` on one base, float32 with AdamW: what stays, the
-    largest gradient, ``cache`` bytes for each decoder and ``room`` bytes once (activations). ``shared_decoder``: as if one copy of the weights
-    and one cache served all, which the native engine does not do."""
+    largest gradient, ``cache`` bytes for each decoder and ``room`` bytes once (activations). ``own_decoders``: as if each adapter were merged
+    into a decoder of its own."""
     adapter = shape.adapter(rank)
 
     def held(count: int) -> float:
         policies = {str(i): Held(shape=shape, trained=True, adapter=adapter) for i in range(count)}
-        weights, optimizer, decoders, gradient = standing(
-            policies, Placement.LORA, 1, weight_bytes=FLOAT32, decoder_bytes=BFLOAT16, copies=True
+        stays = standing(
+            policies,
+            Placement.LORA,
+            1,
+            weight_bytes=FLOAT32,
+            decoder_bytes=BFLOAT16,
+            copies=True,
+            own_decoders=own_decoders,
         )
-        own = decoders + count * cache
-        return weights + optimizer + (own / count if shared_decoder else own) + gradient + room
+        return sum(stays) + (count if own_decoders else 1) * cache + room
 
     return held(agents) / held(1)

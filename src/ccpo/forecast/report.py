@@ -35,8 +35,7 @@ def show(plan: Mapping[str, Any], console: Console | None = None) -> None:
     if plan.get("lora"):
         lora = plan["lora"]
         out(
-            f"As adapters on one base (lora), {lora['policies']} policies need {lora['ratio']:.2f} times the memory of one: the native decoder "
-            f"keeps a merged copy for each. It would be {lora['shared_decoder']:.2f} with one copy for all."
+            f"As adapters on one base (lora), {lora['policies']} policies need {lora['ratio']:.2f} times the memory of one."
         )
     for row in plan["advice"]:
         out(f"Note: {row}.")

@@ -257,6 +257,7 @@ def _memory(
     logits: float,
 ) -> Memory:
     weight, lora = BYTES[config.model.weights], placement is Placement.LORA
+    own = not lora or config.trainer.async_depth > 0  # a decoder for each policy
     weights, optimizer, decoders, gradients = memory.standing(
         held,
         placement,
@@ -264,12 +265,13 @@ def _memory(
         weight_bytes=weight,
         decoder_bytes=BYTES[config.model.decode],
         copies=config.model.engine != "transformers",
+        own_decoders=own,
     )
     trained = [h.shape for h in held.values() if h.trained]
     references = 0.0 if lora or config.loss.kl == "none" else float(weight * sum(s.parameters for s in trained))
     if config.rollout.removal == "frozen":
         copies = sum(h.shape.parameters for h in held.values())
-        references += (0 if lora else weight) * copies + BYTES[config.model.decode] * copies
+        references += (0 if lora else weight) * copies + (BYTES[config.model.decode] * copies if own else 0)
     kept = max(
         memory.copied_bytes(
             s, checkpointing=config.model.gradient_checkpointing, compute=memory.BFLOAT16, weight_bytes=weight
@@ -284,7 +286,7 @@ def _memory(
         optimizer=optimizer,
         decoders=decoders,
         references=references,
-        cache=sum(decoding.caches.values()),
+        cache=sum(decoding.caches.values()) if own else max(decoding.caches.values(), default=0.0),
         sampling=decoding.sampling,
         gradients=gradients,
         copies=kept,
