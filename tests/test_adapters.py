@@ -11,6 +11,7 @@ from ccpo.config import load_recipe
 from ccpo.crew import Crew
 from ccpo.engines import make_engine
 from ccpo.engines.adapters import AdapterEngine, SharedDecoder
+from ccpo.engines.budget import LEAST, decode_budget
 from ccpo.runs import Reporter, model_paths
 from ccpo.types import Request
 from test_ahead import said
@@ -121,3 +122,32 @@ def test_adapters_that_are_changed_while_they_speak_have_decoders_of_their_own(t
     crew = Crew(setup, model_paths(setup, Reporter())[0])
     assert not any(isinstance(engine, AdapterEngine) for engine in crew.engines.values())
     assert len({id(engine) for engine in crew.engines.values()}) == 2
+
+
+# ---- what decoders may hold
+
+
+def test_a_budget_by_hand():
+    rest = {"total": 80e9, "coming": 30e9, "token": 57_344}
+    assert decode_budget(free=66e9, **rest) == int(0.8 * 16e9 / 57_344) == 223_214
+    assert decode_budget(free=20e9, **rest) == LEAST  # nothing is left: what it always was
+
+
+@pytest.mark.parametrize(("sharing", "decoders"), [("separate", 2), ("lora", 1), ("shared", 1)])
+def test_decoders_share_what_training_leaves(tmp_path, sharing, decoders):
+    setup = prepare(load_recipe(recipe(tmp_path / "run", model={**LORA, "sharing": sharing})))
+    crew = Crew(setup, model_paths(setup, Reporter())[0])
+    engines = {id(e): e for e in crew._natives}.values()
+    assert len(engines) == decoders
+    assert {e.max_batch_tokens for e in engines} == {LEAST}  # a CPU
+    crew._share_out(10**9, 2 * 10**9)
+    trained = [sum(p.nbytes for p in policy.parameters().values()) for policy in crew.policies.values()]
+    token = decoders * 2 * 2 * 1 * 16 * 4  # keys and values, layers, key heads, channels, float32
+    want = int(0.8 * (10**9 - 2 * sum(trained) - max(trained) - 0.25 * 2 * 10**9) / token)
+    assert {e.max_batch_tokens for e in engines} == {want}
+
+
+def test_a_recipe_can_say_how_many(tmp_path):
+    setup = prepare(load_recipe(recipe(tmp_path / "run", rollout={"decode_tokens": 300})))
+    crew = Crew(setup, model_paths(setup, Reporter())[0], train=False)
+    assert {e.max_batch_tokens for e in crew._natives} == {300}

@@ -173,7 +173,9 @@ class RolloutSection(Section):
         "auto",
         description="reuse counterfactual rewards while those who spoke are unchanged; 'always': across updates too",
     )
-    decode_tokens: int = Field(65536, ge=256, description="token budget of one decode batch")
+    decode_tokens: Annotated[int, Field(ge=256)] | Literal["auto"] = Field(
+        "auto", description="tokens in the cache of one decode batch; 'auto': what a GPU has room for, 65536 on a CPU"
+    )
     verify_seconds: float = Field(5.0, gt=0, description="time limit of one verdict")
 
 

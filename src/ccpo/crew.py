@@ -14,6 +14,7 @@ from ccpo.comm import Comm
 from ccpo.config import RunConfig
 from ccpo.engines import make_engine
 from ccpo.engines.adapters import AdapterEngine, SharedDecoder
+from ccpo.engines.budget import LEAST, decode_budget
 from ccpo.engines.native import NativeEngine
 from ccpo.engines.sharded import ShardedEngine
 from ccpo.engines.vllm import Hosts, VllmSettings, check_installed
@@ -26,6 +27,7 @@ from ccpo.learner.sharding import shard
 from ccpo.remotes import Remotes
 from ccpo.rollout import Voice
 
+STATES = 2  # tensors that AdamW keeps of each weight
 BEHIND_CAP = 2.0  # of the importance weights of rollouts that are an update behind
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -64,10 +66,13 @@ class Crew:
                     raise UserError(f"model.shard: policy {policy.name!r} cannot be decoded in shards: {why}")
                 shard(policy.model, compute=DTYPES[model.compute] or compute_dtype(self.device), offload=model.offload)
         self._decoders: dict[int, SharedDecoder] = {}
+        self._natives: list[NativeEngine] = []
         self.engines = {name: self._engine(policy) for name, policy in self.policies.items()}
         self._loaded = {name: policy.version for name, policy in self.policies.items()}
         self.frozen_voices: dict[str, Voice] = self._frozen() if config.rollout.removal == "frozen" and train else {}
         self.learner: Learner | None = make_learner(config, self.policies, self.comm) if train else None
+        if config.rollout.decode_tokens == "auto" and self.device.type == "cuda" and self._natives:
+            self._share_out(*torch.cuda.mem_get_info(self.device))
 
     def _engine(self, policy: Policy) -> Any:
         config = self.setup.config
@@ -93,12 +98,27 @@ class Crew:
             kind=config.model.engine,
             dtype=DTYPES[config.model.decode],
             adapter=policy.adapter,
-            max_batch_tokens=config.rollout.decode_tokens,
+            max_batch_tokens=LEAST if config.rollout.decode_tokens == "auto" else config.rollout.decode_tokens,
         )
+        if isinstance(engine, NativeEngine):
+            self._natives.append(engine)
         if policy.adapter is None or config.trainer.async_depth or not isinstance(engine, NativeEngine):
             return engine
         self._decoders[id(policy.model)] = SharedDecoder(engine)
         return AdapterEngine(self._decoders[id(policy.model)], policy.adapter)
+
+    def _share_out(self, free: int, total: int) -> None:
+        """Give the decoders' caches what training will leave of a GPU's memory, all of them as many tokens."""
+        sizes = [
+            sum(_held(p, self.device) for p in policy.parameters().values()) if policy.trainable else 0
+            for policy in self.policies.values()
+        ]
+        coming = STATES * sum(sizes) + max(sizes) if self.learner else 0
+        tokens = decode_budget(
+            total=total, free=free, coming=coming, token=sum(engine.token_bytes for engine in self._natives)
+        )
+        for engine in self._natives:
+            engine.max_batch_tokens = tokens
 
     def _frozen(self) -> dict[str, Voice]:
         """The policies as they are at the start, under names of their own."""
@@ -142,6 +162,12 @@ class Crew:
             if everything or policy.version != self._loaded[name]:
                 self.engines[name].refresh()
                 self._loaded[name] = policy.version
+
+
+def _held(parameter: Any, device: torch.device) -> int:
+    """Bytes of a weight, or of this rank's shard of it, on the device."""
+    own = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return own.nbytes if own.device.type == device.type else 0
 
 
 def pick_device(config: RunConfig) -> torch.device:

@@ -41,8 +41,14 @@ class NativeEngine:
         self._ends = end_ids(self.weights.source, tokenizer)
         self._ends_E = torch.tensor(self._ends, dtype=torch.int64, device=self.device)
         self.positions = self.weights.source.config.max_position_embeddings
-        self._max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens = max_batch_tokens
         self.arena = Arena(self.weights, self.step) if self.device.type == "cuda" else None
+
+    @property
+    def token_bytes(self) -> int:
+        """What a token takes in the cache."""
+        w = self.weights
+        return 2 * len(w.layers) * w.kv_heads * w.head_dim * w.attention_dtype.itemsize
 
     def refresh(self) -> None:
         """Reads the model's weights again."""
@@ -54,7 +60,7 @@ class NativeEngine:
         max_rows = max(1, LOGITS // self.weights.vocab)
         found: dict[int, Completion] = {}
         with torch.inference_mode():
-            for indices in batches(requests, max_batch_tokens=self._max_batch_tokens, max_rows=max_rows):
+            for indices in batches(requests, max_batch_tokens=self.max_batch_tokens, max_rows=max_rows):
                 found.update(zip(indices, self._run([requests[i] for i in indices]), strict=True))
         return [found[i] for i in range(len(requests))]
 

@@ -263,22 +263,22 @@ def _advice(
 ) -> list[str]:
     """What stands out of the plan and can be set otherwise."""
     config, found = subject.setup.config, []
+    budget = config.rollout.decode_tokens
     rows = [
         batch.rows
         for w in work
         for name, calls in w.calls.items()
         if name in shapes
         for call in calls
-        for batch in cut(call[: 4 * config.rollout.samples], shapes[name], config.rollout.decode_tokens)
+        for batch in (cut(call[: 4 * config.rollout.samples], shapes[name], budget) if budget != "auto" else ())
     ]
     asked = max(len(call) for w in work for calls in w.calls.values() for call in calls)
     if chosen and chosen.memory and rows and max(rows) < min(32, asked):
         free = card.memory - chosen.memory.peak
         cost = max(s.cached for s in shapes.values()) * 2 * sum(1 for _ in shapes)
-        more = config.rollout.decode_tokens + int(0.8 * free / cost)
         found.append(
-            f"rollout.decode_tokens = {config.rollout.decode_tokens:,} lets only {max(rows)} texts be decoded together; this card has "
-            f"room for about {more:,}"
+            f"rollout.decode_tokens = {budget:,} lets only {max(rows)} texts be decoded together; this card has room for about "
+            f"{budget + int(0.8 * free / cost):,} (auto)"
         )
     if chosen and chosen.placement is Placement.LORA and config.model.sharing != "lora":
         found.append("only adapters fit, which train fewer weights than the recipe does (model.sharing: lora)")

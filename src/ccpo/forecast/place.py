@@ -12,7 +12,7 @@ from ccpo.config import BootstrapSection, RunConfig
 from ccpo.crew import check_sharding
 from ccpo.errors import UserError
 from ccpo.forecast.memory import Held, Memory, Placement
-from ccpo.forecast.seconds import Decoding, Machine, StepSeconds, decoding_cost, step_cost
+from ccpo.forecast.seconds import Machine, StepSeconds, step_cost
 from ccpo.forecast.shapes import Shape, preset, shape_of
 from ccpo.forecast.work import StepWork, Subject
 
@@ -90,9 +90,7 @@ def held_by(subject: Subject, shapes: Mapping[str, Shape], placement: Placement)
 
 def options(subject: Subject, shapes: Mapping[str, Shape], work: Sequence[StepWork], machine: Machine) -> list[Option]:
     """Every placement, in the order of `Placement`."""
-    config = subject.setup.config
-    decoding = [decoding_cost(w, shapes, config, machine.roof, machine.ranks) for w in work]
-    return [_option(p, subject, shapes, work, decoding, machine) for p in Placement]
+    return [_option(p, subject, shapes, work, machine) for p in Placement]
 
 
 def best(every: Sequence[Option], config: RunConfig) -> Option | None:
@@ -108,7 +106,6 @@ def _option(
     subject: Subject,
     shapes: Mapping[str, Shape],
     work: Sequence[StepWork],
-    decoding: Sequence[Decoding],
     machine: Machine,
 ) -> Option:
     why = _impossible(placement, subject.setup.config, shapes, machine.ranks)
@@ -116,7 +113,7 @@ def _option(
         return Option(placement=placement, why=why)
     held = held_by(subject, shapes, placement)
     config = subject.setup.config
-    costs = [step_cost(w, held, config, machine, placement, decoding=d) for w, d in zip(work, decoding, strict=True)]
+    costs = [step_cost(w, held, config, machine, placement) for w in work]
     seconds = mean_seconds([s for s, _ in costs])
     memory = max((m for _, m in costs), key=lambda m: m.peak)
     return Option(placement=placement, seconds=seconds, memory=memory, fits=memory.peak <= machine.card.memory)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from ccpo.comm import deal
 from ccpo.config import RunConfig
+from ccpo.engines.budget import decode_budget
 from ccpo.engines.graphs import COLUMNS, ROWS, rounded
 from ccpo.engines.sharded import shares
 from ccpo.forecast import memory
@@ -140,16 +141,14 @@ class Decoding:
     sampling: float
 
 
-def decoding_cost(
-    work: StepWork, shapes: Mapping[str, Shape], config: RunConfig, roof: Roofline, ranks: int
-) -> Decoding:
-    """Decoding is the same under every placement. Policies without a shape (endpoints) cost nothing here."""
+def decoding_cost(work: StepWork, shapes: Mapping[str, Shape], roof: Roofline, ranks: int, budget: int) -> Decoding:
+    """``budget``: tokens of one batch. Policies without a shape (endpoints) cost nothing here."""
     prefill = decode = sampling = 0.0
     caches: dict[str, float] = {}
     for name, calls in work.calls.items():
         shape = shapes.get(name.removesuffix("@start"))
         for call in calls if shape else ():
-            every = cut(of_rank(call, ranks), shape, config.rollout.decode_tokens)
+            every = cut(of_rank(call, ranks), shape, budget)
             prefill += sum(roof.prefill(shape, batch) for batch in every)
             decode += sum(roof.decode(shape, batch) for batch in every)
             caches[name] = max((caches.get(name, 0.0), *(_arena(shape, batch) for batch in every)))
@@ -164,16 +163,14 @@ def step_cost(
     machine: Machine,
     placement: Placement,
     *,
-    decoding: Decoding | None = None,
     times: int = 1,
 ) -> tuple[StepSeconds, Memory]:
-    """Seconds of the step, and bytes of a GPU. ``decoding``: what it costs, where that is known already. ``times``: of a step with so many times
-    the problems."""
+    """Seconds of the step, and bytes of a GPU. ``times``: of a step with so many times the problems."""
     lora, sharded = placement is Placement.LORA, placement in (Placement.FSDP2, Placement.OFFLOAD)
     roof, ranks, weight = machine.roof, machine.ranks, BYTES[config.model.weights]
     dealt = max(1, round(ranks / times))
     shapes = {name: h.shape for name, h in held.items()}
-    decoding = decoding or decoding_cost(work, shapes, config, roof, dealt)
+    decoding = decoding_cost(work, shapes, roof, dealt, together(held, config, machine, placement))
     update = optimizer = refresh = talk = 0.0
     most, logits = 0.0, 0.0
     checkpointing = config.model.gradient_checkpointing
@@ -247,6 +244,50 @@ def _sampling(shape: Shape, batch: Batch) -> float:
     return prompts + memory.sampling_bytes(shape, batch.rows)
 
 
+def together(held: Mapping[str, Held], config: RunConfig, machine: Machine, placement: Placement) -> int:
+    """Tokens of one decode batch: the recipe's, or by the rule that training goes by."""
+    if config.rollout.decode_tokens != "auto":
+        return config.rollout.decode_tokens
+    own, weights, optimizer, decoders, gradients = _standing(held, config, machine.ranks, placement)
+    cached = [h.shape.cached for h in held.values()]
+    return decode_budget(
+        total=machine.card.memory,
+        free=machine.card.memory - weights - decoders - _references(held, config, placement),
+        coming=optimizer + gradients,
+        token=memory.BFLOAT16
+        * (sum(cached) * (2 if config.rollout.removal == "frozen" else 1) if own else max(cached)),
+    )
+
+
+def _standing(
+    held: Mapping[str, Held], config: RunConfig, ranks: int, placement: Placement
+) -> tuple[bool, float, float, float, float]:
+    """Whether each policy has a decoder of its own, and `memory.standing`."""
+    own = placement is not Placement.LORA or config.trainer.async_depth > 0
+    found = memory.standing(
+        held,
+        placement,
+        ranks,
+        weight_bytes=BYTES[config.model.weights],
+        decoder_bytes=BYTES[config.model.decode],
+        copies=config.model.engine != "transformers",
+        own_decoders=own,
+    )
+    return own, *found
+
+
+def _references(held: Mapping[str, Held], config: RunConfig, placement: Placement) -> float:
+    """Bytes of the frozen models of a KL term and of removal by frozen, with the latter's decoders."""
+    weight, lora = BYTES[config.model.weights], placement is Placement.LORA
+    trained = sum(h.shape.parameters for h in held.values() if h.trained)
+    found = 0.0 if lora or config.loss.kl == "none" else float(weight * trained)
+    if config.rollout.removal == "frozen":
+        copies = sum(h.shape.parameters for h in held.values())
+        own = not lora or config.trainer.async_depth > 0
+        found += (0 if lora else weight) * copies + (BYTES[config.model.decode] * copies if own else 0)
+    return found
+
+
 def _memory(
     held: Mapping[str, Held],
     config: RunConfig,
@@ -256,22 +297,8 @@ def _memory(
     activations: float,
     logits: float,
 ) -> Memory:
-    weight, lora = BYTES[config.model.weights], placement is Placement.LORA
-    own = not lora or config.trainer.async_depth > 0  # a decoder for each policy
-    weights, optimizer, decoders, gradients = memory.standing(
-        held,
-        placement,
-        ranks,
-        weight_bytes=weight,
-        decoder_bytes=BYTES[config.model.decode],
-        copies=config.model.engine != "transformers",
-        own_decoders=own,
-    )
-    trained = [h.shape for h in held.values() if h.trained]
-    references = 0.0 if lora or config.loss.kl == "none" else float(weight * sum(s.parameters for s in trained))
-    if config.rollout.removal == "frozen":
-        copies = sum(h.shape.parameters for h in held.values())
-        references += (0 if lora else weight) * copies + (BYTES[config.model.decode] * copies if own else 0)
+    own, weights, optimizer, decoders, gradients = _standing(held, config, ranks, placement)
+    weight, trained = BYTES[config.model.weights], [h.shape for h in held.values() if h.trained]
     kept = max(
         memory.copied_bytes(
             s, checkpointing=config.model.gradient_checkpointing, compute=memory.BFLOAT16, weight_bytes=weight
@@ -285,7 +312,7 @@ def _memory(
         weights=weights,
         optimizer=optimizer,
         decoders=decoders,
-        references=references,
+        references=_references(held, config, placement),
         cache=sum(decoding.caches.values()) if own else max(decoding.caches.values(), default=0.0),
         sampling=decoding.sampling,
         gradients=gradients,
