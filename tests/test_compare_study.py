@@ -346,6 +346,7 @@ def test_a_swept_value_that_is_the_tuned_one_shares_its_cells():
 def test_a_changed_default_makes_another_cell_only_where_it_was_relied_on():
     now = present_defaults()
     then = now | {"optim.eps": 1e-5, "credit:removal.pairing": "something else", "optim.lr": 9.0, "gone": 1}
+    then["rollout.decode_tokens"] = 300  # nor does one that only says how fast it goes
     del then["optim.epochs"]  # a key that is new since then changes nothing
     drift = drifted(then, now)
     assert set(drift) == {"optim.eps", "credit:removal.pairing", "optim.lr"}

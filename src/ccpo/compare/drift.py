@@ -17,6 +17,8 @@ from ccpo.tasks import TASKS
 from ccpo.teams import TEAMS
 
 TABLES: dict[str, Mapping[str, Any]] = {"credit": RULES, "task": TASKS, "team": TEAMS}
+PACE = {"rollout.decode_tokens"}
+"""Keys that say how fast a run goes and not where to: a sample does not hang on what is decoded beside it."""
 Defaults = dict[str, Any]
 """Values by path: ``optim.lr``, and ``credit:ccpo_v1.alpha`` for an argument of a kind."""
 
@@ -34,7 +36,7 @@ def present_defaults() -> Defaults:
 
 def drifted(then: Defaults, now: Defaults) -> Defaults:
     """The present value of those defaults that were others then."""
-    return {key: now[key] for key in then if key in now and now[key] != then[key]}
+    return {key: now[key] for key in then if key in now and key not in PACE and now[key] != then[key]}
 
 
 def relied_on(drift: Defaults, config: RunConfig) -> Defaults:
