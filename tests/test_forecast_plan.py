@@ -406,3 +406,8 @@ def test_the_tables_of_the_page_are_what_the_code_says():
         assert name in text.partition("## ")[0]
     for case in json.loads((ROOT / "docs/benchmarks/plan.json").read_text())["cases"]:
         assert f"{case['measured']:.2f} s | {case['ratio']:.2f} |" in section(text, "Seconds on this CPU")
+
+
+def test_rollouts_ahead_are_counted_once():
+    ahead, one = (found(f"trainer.async_depth={depth}") for depth in (1, 0))
+    assert ahead["tokens"] == one["tokens"]

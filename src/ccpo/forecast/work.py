@@ -164,6 +164,7 @@ def work_of(
         update={
             "rollout": config.rollout.model_copy(update={"prompts": played, "cache": "off"}),
             "optim": config.optim.model_copy(update={"minibatches": 1}),
+            "trainer": config.trainer.model_copy(update={"async_depth": 0}),  # steps are played one after another
         }
     )
     task = CoinTask(problems=subject.setup.task)
