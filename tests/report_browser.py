@@ -65,3 +65,10 @@ def violations(page: Any) -> list[str]:
 
     found = Axe().run(page).response["violations"]
     return [f"{v['id']}: {v['nodes'][0]['html'][:200]}" for v in found if v["impact"] in ("serious", "critical")]
+
+
+def wait_for_count(locator: Any, count: int) -> None:
+    """Wait until so many are there: what hangs on sizes and on opened details is drawn a moment later."""
+    from playwright.sync_api import expect
+
+    expect(locator).to_have_count(count)

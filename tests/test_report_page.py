@@ -16,7 +16,7 @@ from ccpo.report import write_report
 from ccpo.report.page import _asset
 from ccpo.report.watch import Server
 from hostile_run import write_hostile
-from report_browser import chromium, needs_chromium, open_page, violations
+from report_browser import chromium, needs_chromium, open_page, violations, wait_for_count
 from run_files import metrics_of, write_run
 
 pytestmark = pytest.mark.slow
@@ -103,6 +103,7 @@ def test_curves_have_a_legend_zoom_smoothing_and_values(shown: Any):
         assert title in charts
     reward = shown.locator("#chart-reward")
     paths = reward.locator("path")
+    paths.first.wait_for(state="attached")  # drawn once its size is known
     before = paths.count()
     button = reward.locator(".legend button", has_text="without thinker")
     button.click()
@@ -136,7 +137,7 @@ def test_curves_have_a_legend_zoom_smoothing_and_values(shown: Any):
     assert reward.locator(".tip strong").inner_text() == "step 12"
     assert "team" in reward.locator("[role=status]").inner_text()
     reward.locator("summary").click()
-    assert reward.locator("tbody tr").count() == 12
+    wait_for_count(reward.locator("tbody tr"), 12)
     shown.click("#any-metric summary")
     shown.select_option("#metric", "actor/solver/loss")
     assert shown.inner_text("#chart-any figcaption") == "actor/solver/loss"
@@ -144,7 +145,7 @@ def test_curves_have_a_legend_zoom_smoothing_and_values(shown: Any):
 
 def test_credit_is_shown_for_any_third(shown: Any):
     assert shown.inner_text("#credit-window table caption").startswith("all steps: 192 rollouts")
-    assert shown.locator(".boxes rect").count() == 4
+    wait_for_count(shown.locator(".boxes rect"), 4)
     everything = shown.locator(".joint .cell strong").all_inner_texts()
     assert shown.locator(".joint .cell span").all_inner_texts() == ["redundant", "helped", "hurt", "hopeless"]
     shown.click("#credit .segmented button:has-text('last third')")
@@ -157,8 +158,8 @@ def test_credit_is_shown_for_any_third(shown: Any):
 
 
 def test_the_team_is_drawn(shown: Any):
-    assert shown.locator(".graph .turn").count() == 2
-    assert shown.locator(".graph .edge").count() == 2
+    wait_for_count(shown.locator(".graph .turn"), 2)
+    wait_for_count(shown.locator(".graph .edge"), 2)
     flows = shown.locator(".graph .flow").all_text_contents()
     assert flows[0].endswith(" tokens")
     assert flows[1].startswith("credit ")
@@ -234,9 +235,9 @@ def test_a_rollout_shows_what_was_said_and_what_without_it(shown: Any):
         "Without solver",
     ):
         assert part in text, part
-    assert shown.locator("#detail .pair").count() == 2
-    assert shown.locator("#detail .pair .play").count() == 2
-    assert shown.locator("#detail math").count() >= 1
+    wait_for_count(shown.locator("#detail .pair"), 2)
+    wait_for_count(shown.locator("#detail .pair .play"), 2)
+    shown.wait_for_selector("#detail math", state="attached")
     assert shown.evaluate("location.hash") == "#rollouts/1/0/1"
 
 
@@ -286,7 +287,7 @@ def test_runs_are_compared_and_chosen(browser: Any, report: str):
     text = page.inner_text("#compare")
     assert "optim.lr" in text
     assert "run.seed" in text
-    assert page.locator("#compare .chart").count() == 4
+    wait_for_count(page.locator("#compare .chart"), 4)
     page.locator("#compare .chart").first.locator(".ends text").first.wait_for(state="attached")
     ends = page.locator("#compare .chart").first.locator(".ends text").all_text_contents()
     assert [e.split()[0] for e in sorted(ends)] == ["first", "second"]
@@ -357,7 +358,7 @@ def test_a_hostile_run_cannot_run_or_break_anything(browser: Any, tmp_path: Path
         box.evaluate("d => d.open = true")
     page.fill("#f-query", "<script>")
     assert count(page) >= 2
-    assert page.locator("main script, main img, main iframe, main a[href^=javascript]").count() == 0
+    wait_for_count(page.locator("main script, main img, main iframe, main a[href^=javascript]"), 0)
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
     assert "11 notes" not in page.inner_text("#learning")
     assert "leads out of the run's folder" in page.inner_text("#notes")
