@@ -18,9 +18,8 @@ from ccpo.engines import native
 from ccpo.engines.base import batches, make_engine
 from ccpo.engines.finish import decoder
 from ccpo.engines.graphs import Arena, rounded
-from ccpo.engines.weights import native_dtype
 from ccpo.errors import RunFailure, UserError
-from ccpo.families import unsupported
+from ccpo.families import compute_dtype, unsupported
 from ccpo.types import FinishReason, Request
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
@@ -313,8 +312,8 @@ def test_bfloat16_stays_near_float32():
 
 
 def test_default_dtypes():
-    assert make_engine(tiny_model(), TOKENIZER).dtype == native_dtype(torch.device("cpu"))
-    assert native_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
+    assert make_engine(tiny_model(), TOKENIZER).dtype == compute_dtype(torch.device("cpu"))
+    assert compute_dtype(torch.device("cpu")) in (torch.bfloat16, torch.float32)
     assert make_engine(tiny_model("gpt2"), TOKENIZER).dtype == torch.float32
     with pytest.raises(UserError, match="leave the engine's dtype unset"):
         make_engine(tiny_model("gpt2").bfloat16(), TOKENIZER, dtype=torch.float32)

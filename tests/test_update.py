@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ccpo.errors import RunFailure, UserError
+from ccpo.families import compute_dtype
 from ccpo.learner import Learner, Policy, TrainRow, logprobs
-from ccpo.learner.logprobs import compute_dtype, score, token_logprobs
+from ccpo.learner.logprobs import score, token_logprobs
 from ccpo.learner.meters import Meters
 from ccpo.learner.objective import Objective, mismatch
 from ccpo.learner.optim import lr_factor

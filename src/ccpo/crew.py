@@ -20,9 +20,8 @@ from ccpo.engines.sharded import ShardedEngine
 from ccpo.engines.vllm import Hosts, VllmSettings, check_installed
 from ccpo.engines.vllm_server import ServerHost
 from ccpo.errors import UserError
-from ccpo.families import unsupported
+from ccpo.families import compute_dtype, unsupported
 from ccpo.learner import Learner, Policy, PolicySpec, freeze_copy, load_policies
-from ccpo.learner.logprobs import compute_dtype
 from ccpo.learner.sharding import shard
 from ccpo.remotes import Remotes
 from ccpo.rollout import Voice

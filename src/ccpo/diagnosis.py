@@ -19,7 +19,7 @@ from ccpo.diagnose.free_riding import Thoroughness, measure_free_riding
 from ccpo.diagnose.log_free_riding import free_riding_of_log
 from ccpo.diagnose.logged import read_log
 from ccpo.errors import UserError
-from ccpo.learner.logprobs import compute_dtype
+from ccpo.families import compute_dtype
 from ccpo.learner.objective import Objective
 from ccpo.pay import Payroll
 from ccpo.remotes import reach

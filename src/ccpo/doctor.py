@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ccpo.engines.vllm import WRITTEN_AGAINST
-from ccpo.engines.weights import native_dtype
+from ccpo.families import compute_dtype
 
 NEEDED = {
     "torch": "the tensors",
@@ -40,7 +40,7 @@ def diagnose(console: Console | None = None) -> bool:
     machine.add_row(
         "bfloat16",
         "fast: the decoder and the update use it"
-        if native_dtype(torch.device("cpu")) is torch.bfloat16
+        if compute_dtype(torch.device("cpu")) is torch.bfloat16
         else "slow here: float32 is used",
     )
     machine.add_row("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "none: runs on the CPU")

@@ -15,9 +15,9 @@ from ccpo.bench.limits import training_limit
 from ccpo.bench.shapes import make_model, tokenizer
 from ccpo.bench.timing import Comparison, in_turns
 from ccpo.errors import RunFailure
+from ccpo.families import compute_dtype
 from ccpo.learner import Learner, Policy, TrainRow
 from ccpo.learner.layout import Layout
-from ccpo.learner.logprobs import compute_dtype
 
 FULL = [
     # size, prompts, samples, prompt tokens, new tokens

@@ -14,17 +14,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ccpo.engines.products import Product, products
-from ccpo.families import bare, head_dim, whole
+from ccpo.families import bare, compute_dtype, head_dim, whole
 
 WIDE = 512  # hidden channels from which a CPU attends faster in bfloat16
-
-
-def native_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    abilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32
 
 
 @dataclass(slots=True, kw_only=True)
@@ -75,7 +67,7 @@ class Weights:
         source = bare(model)
         config, body = source.config, source.model
         device = body.norm.weight.device
-        dtype = native_dtype(device) if dtype is None else dtype
+        dtype = compute_dtype(device) if dtype is None else dtype
         with torch.no_grad():
             embed = _weight(body.embed_tokens, adapter).to(dtype, copy=True)
             plain, _ = products(device, dtype)

@@ -141,14 +141,6 @@ def completion_logits(model: nn.Module, batch: MicroBatch, compute: torch.dtype)
         return model(**inputs).logits[:, -T:]
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the hardware multiplies it, else float32."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    abilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return torch.bfloat16 if abilities.get("avx512_bf16") or abilities.get("amx_bf16") else torch.float32
-
-
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
     """A model in eval mode but for what an update needs: layers that recompute their activations look at their training

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from ccpo.comm import Comm, deal
 from ccpo.errors import RunFailure
-from ccpo.families import is_sharded
+from ccpo.families import compute_dtype, is_sharded
 from ccpo.learner import forward
 from ccpo.learner.failure import refuse
-from ccpo.learner.logprobs import compute_dtype, score, training
+from ccpo.learner.logprobs import score, training
 from ccpo.learner.meters import Meters
 from ccpo.learner.objective import Objective, mismatch
 from ccpo.learner.optim import PolicyOptimizer, lr_factor
