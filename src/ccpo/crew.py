@@ -14,7 +14,7 @@ from ccpo.comm import Comm
 from ccpo.config import RunConfig
 from ccpo.engines import make_engine
 from ccpo.engines.adapters import AdapterEngine, SharedDecoder
-from ccpo.engines.budget import LEAST, decode_budget
+from ccpo.engines.budget import decode_budget, without_room
 from ccpo.engines.native import NativeEngine
 from ccpo.engines.sharded import ShardedEngine
 from ccpo.engines.vllm import Hosts, VllmSettings, check_installed
@@ -22,11 +22,11 @@ from ccpo.engines.vllm_server import ServerHost
 from ccpo.errors import UserError
 from ccpo.families import compute_dtype, unsupported
 from ccpo.learner import Learner, Policy, PolicySpec, freeze_copy, load_policies
+from ccpo.learner.optim import STATES
 from ccpo.learner.sharding import shard
 from ccpo.remotes import Remotes
 from ccpo.rollout import Voice
 
-STATES = 2  # tensors that AdamW keeps of each weight
 BEHIND_CAP = 2.0  # of the importance weights of rollouts that are an update behind
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -97,7 +97,7 @@ class Crew:
             kind=config.model.engine,
             dtype=DTYPES[config.model.decode],
             adapter=policy.adapter,
-            max_batch_tokens=LEAST if config.rollout.decode_tokens == "auto" else config.rollout.decode_tokens,
+            max_batch_tokens=without_room(config.rollout.decode_tokens),
         )
         if isinstance(engine, NativeEngine):
             self._natives.append(engine)
@@ -254,20 +254,28 @@ def policy_specs(setup: Setup, paths: Mapping[str, str]) -> list[PolicySpec]:
 
 
 def make_learner(config: RunConfig, policies: Mapping[str, Policy], comm: Comm | None = None) -> Learner:
-    loss, optim = config.loss, config.optim
+    optim = config.optim
     return Learner(
         policies,
         comm=comm,
-        **policy_loss(config),
-        kl=loss.kl,
-        kl_coef=loss.kl_coef,
-        entropy_coef=loss.entropy_coef,
-        importance_cap=importance_cap(config),
-        old_logprobs=loss.old_logprobs,
+        **objective_of(config),
         total_steps=config.trainer.steps,
         compute=DTYPES[config.model.compute],
         **optim.model_dump(exclude={"lr", "minibatches"}),
     )
+
+
+def objective_of(config: RunConfig) -> dict[str, Any]:
+    """The settings of all that an update minimises."""
+    loss = config.loss
+    return {
+        **policy_loss(config),
+        "kl": loss.kl,
+        "kl_coef": loss.kl_coef,
+        "entropy_coef": loss.entropy_coef,
+        "importance_cap": importance_cap(config),
+        "old_logprobs": loss.old_logprobs,
+    }
 
 
 def importance_cap(config: RunConfig) -> float | None:

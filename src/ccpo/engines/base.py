@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ccpo.engines.budget import LEAST
 from ccpo.errors import UserError, nearest
 from ccpo.families import bare, unsupported
 from ccpo.types import Completion, Request
@@ -40,7 +41,7 @@ def make_engine(
     kind: str = "auto",
     dtype: torch.dtype | None = None,
     adapter: str | None = None,
-    max_batch_tokens: int = 65_536,
+    max_batch_tokens: int = LEAST,
 ) -> Engine:
     """An engine over a live causal language model, or a PeftModel speaking with ``adapter`` (default: its active one).
 

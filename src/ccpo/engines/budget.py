@@ -19,3 +19,8 @@ def decode_budget(*, total: float, free: float, coming: float, token: float) -> 
     (``coming``: the optimiser's states and gradients), and one ``token`` in the caches of all decoders together.
     """
     return max(LEAST, int(TAKEN * (free - coming - ROOM * total) / token))
+
+
+def without_room(decode_tokens: int | str) -> int:
+    """The recipe's ``rollout.decode_tokens`` where no GPU's memory is known."""
+    return LEAST if decode_tokens == "auto" else int(decode_tokens)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,26 +20,25 @@ ROWS = 64  # for so many rows is the layout chosen; it serves any number
 
 
 class Product:
-    """``x W^T + b``, with ``W`` ``[out, in]`` as in `torch.nn.Linear`."""
+    """``x W^T + b``, with ``W`` ``[out, in]`` as in `torch.nn.Linear`. ``weight``: the tensor that it is kept in, where it is kept as it is."""
 
-    def __init__(self, outputs: int, inputs: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        outputs: int,
+        inputs: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        weight: Tensor | None = None,
+    ) -> None:
         self.shape = (outputs, inputs)
         self.options: dict[str, Any] = {"dtype": dtype, "device": device}
         self.bias = torch.empty(outputs, **self.options) if bias else None
-        self._allocate()
+        self._allocate(weight)
 
-    @classmethod
-    def of(cls, weight: Tensor) -> Self:
-        """The product with this very tensor, where a weight is kept as it is."""
-        made = cls(*weight.shape, bias=False, dtype=weight.dtype, device=weight.device)
-        made._share(weight)
-        return made
-
-    def _allocate(self) -> None:
-        self.weight = torch.empty(self.shape, **self.options)
-
-    def _share(self, weight: Tensor) -> None:
-        self.weight = weight
+    def _allocate(self, weight: Tensor | None) -> None:
+        self.weight = torch.empty(self.shape, **self.options) if weight is None else weight
 
     @contextmanager
     def rewritten(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -68,17 +67,17 @@ class GatedProduct(Product):
 class PackedProduct(Product):
     """A product whose weight is kept packed, and only so."""
 
-    def _allocate(self) -> None:
+    def _allocate(self, weight: Tensor | None) -> None:
         self.packed: Tensor | None = None
-
-    def _share(self, weight: Tensor) -> None:
-        """Nothing: it is packed when it is written."""
 
     @contextmanager
     def rewritten(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """An empty weight, which is packed when it has been written, and the bias."""
         weight = torch.empty(self.shape, **self.options)
         yield weight, self.bias
+        self._keep(weight)
+
+    def _keep(self, weight: Tensor) -> None:
         self.packed = _pack(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -91,14 +90,11 @@ class PackedProduct(Product):
 class PackedGatedProduct(PackedProduct):
     """The counterpart of :class:`GatedProduct`, as two products."""
 
-    def _allocate(self) -> None:
+    def _allocate(self, weight: Tensor | None) -> None:
         self.halves: tuple[Tensor, ...] = ()
         self.biases = (None, None) if self.bias is None else self.bias.chunk(2)
 
-    @contextmanager
-    def rewritten(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        weight = torch.empty(self.shape, **self.options)
-        yield weight, self.bias
+    def _keep(self, weight: Tensor) -> None:
         self.halves = tuple(_pack(half) for half in weight.chunk(2))
 
     def __call__(self, x: Tensor) -> Tensor:

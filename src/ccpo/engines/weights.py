@@ -85,9 +85,13 @@ class Weights:
                 vocab=embed.shape[0],
                 embed=embed,
                 norm=whole(body.norm.weight).to(dtype, copy=True),
-                head=plain.of(embed)
-                if _tied(source, adapter)
-                else plain(*embed.shape, bias=False, dtype=dtype, device=device),
+                head=plain(
+                    *embed.shape,
+                    bias=False,
+                    dtype=dtype,
+                    device=device,
+                    weight=embed if _tied(source, adapter) else None,
+                ),
                 inv_freq=body.rotary_emb.inv_freq.detach().float(),
                 rotation_scale=float(body.rotary_emb.attention_scaling),
             )
@@ -122,7 +126,7 @@ class Weights:
         """The head's weights; a head that reads the embedding's own tensor has them already."""
         tied = _tied(self.source, self.adapter)
         with self.head.rewritten() as (rows, _):
-            if rows.data_ptr() != self.embed.data_ptr():
+            if rows is not self.embed:
                 rows.copy_(self.embed if tied else _weight(self.source.lm_head, self.adapter))
 
     def _layer(self, block: Any) -> Layer:

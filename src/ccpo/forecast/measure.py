@@ -18,7 +18,7 @@ from ccpo.bootstrap import character_tokenizer
 from ccpo.config import RunConfig
 from ccpo.crew import DTYPES, make_learner
 from ccpo.engines import make_engine
-from ccpo.engines.budget import LEAST
+from ccpo.engines.budget import without_room
 from ccpo.errors import UserError
 from ccpo.forecast.roofline import Batch, batch_of, members, prefill_flops, step_work, update_flops
 from ccpo.forecast.seconds import StepSeconds, micro_batches
@@ -165,8 +165,7 @@ class Bench:
     def _generate(self, call: Sequence[Asked]) -> Piece:
         """One batch of a call, the costliest, or part of it; the others cost in proportion."""
         deep = replace(self.shape, layers=max(self.models))
-        tokens = self.config.rollout.decode_tokens
-        parts = members(call, self.shape, LEAST if tokens == "auto" else tokens)
+        parts = members(call, self.shape, without_room(self.config.rollout.decode_tokens))
         every = [batch_of(part) for part in parts]
         sample = shortened(max(parts, key=lambda part: decode_operations(deep, batch_of(part))), deep)
         requests = [

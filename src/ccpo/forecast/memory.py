@@ -8,9 +8,9 @@ from enum import StrEnum
 
 from ccpo.forecast.shapes import Shape
 from ccpo.learner.logprobs import CHUNK, LOGITS
+from ccpo.learner.optim import STATES
 
 FLOAT32, BFLOAT16 = 4, 2
-STATES = 2  # of AdamW, each in the weights' dtype
 
 
 class Placement(StrEnum):

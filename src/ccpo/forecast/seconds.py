@@ -259,11 +259,16 @@ def together(held: Mapping[str, Held], config: RunConfig, machine: Machine, plac
     )
 
 
+def _own_decoders(config: RunConfig, placement: Placement) -> bool:
+    """Whether each policy has a decoder of its own: adapters share one, unless they are changed while they speak."""
+    return placement is not Placement.LORA or config.trainer.async_depth > 0
+
+
 def _standing(
     held: Mapping[str, Held], config: RunConfig, ranks: int, placement: Placement
 ) -> tuple[bool, float, float, float, float]:
     """Whether each policy has a decoder of its own, and `memory.standing`."""
-    own = placement is not Placement.LORA or config.trainer.async_depth > 0
+    own = _own_decoders(config, placement)
     found = memory.standing(
         held,
         placement,
@@ -283,8 +288,8 @@ def _references(held: Mapping[str, Held], config: RunConfig, placement: Placemen
     found = 0.0 if lora or config.loss.kl == "none" else float(weight * trained)
     if config.rollout.removal == "frozen":
         copies = sum(h.shape.parameters for h in held.values())
-        own = not lora or config.trainer.async_depth > 0
-        found += (0 if lora else weight) * copies + (BYTES[config.model.decode] * copies if own else 0)
+        decoders = BYTES[config.model.decode] * copies if _own_decoders(config, placement) else 0
+        found += (0 if lora else weight) * copies + decoders
     return found
 
 

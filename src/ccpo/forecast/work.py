@@ -18,7 +18,7 @@ from typing import Any
 from ccpo.bootstrap import base_tokenizer
 from ccpo.build import Setup, build_part, is_remote, prepare
 from ccpo.config import RunConfig
-from ccpo.crew import policy_loss
+from ccpo.crew import objective_of
 from ccpo.errors import UserError
 from ccpo.forecast.standin import (
     Asked,
@@ -251,16 +251,7 @@ def _length_of(tokenizer: Any) -> Any:
 
 def _live(rows: Sequence[TrainRow], config: RunConfig, silent: Mapping[str, float] | None) -> list[TrainRow]:
     """The rows that are run, as `ccpo.learner.update.Learner` chooses them."""
-    loss = config.loss
-    objective = Objective(
-        **policy_loss(config),
-        kl=loss.kl,
-        kl_coef=loss.kl_coef,
-        entropy_coef=loss.entropy_coef,
-        importance_cap=loss.importance_cap,
-        old_logprobs=loss.old_logprobs,
-    )
-    if objective.needs_all_rows:
+    if Objective(**objective_of(config)).needs_all_rows:
         return list(rows)
     if silent is not None:
         return [r for r in rows if random.Random(f"live/{r.segment}").random() >= silent.get(r.agent, 0.0)]

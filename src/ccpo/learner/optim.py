@@ -36,6 +36,9 @@ def lr_factor(step: int, *, warmup_steps: int, decay: str, total_steps: int, spe
     return 1.0 - x if decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * x))
 
 
+STATES = 2  # tensors that AdamW keeps of each weight, in its dtype
+
+
 class PolicyOptimizer:
     """AdamW (arXiv 1711.05101) over a policy's own weights, fused where the device has it."""
 
