@@ -15,6 +15,7 @@ from ccpo.errors import RunFailure, UserError
 from ccpo.launch import ray as launcher
 from ccpo.launch.ray import RayLaunch, launch
 from ccpo.runs import Reporter
+from ccpo.signals import STOPS
 from test_ranks import alone, cache, environment, processes_where, recipe, weights  # noqa: F401  (fixtures)
 
 
@@ -71,10 +72,12 @@ def cluster(monkeypatch):
 def train_on(cluster, recipe: Path, run: Path, restarts: int = 2, disturb=None) -> None:  # noqa: F811
     disturbed = threading.Thread(target=disturb or (lambda: None), daemon=True)
     disturbed.start()
+    handlers = [signal.getsignal(number) for number in STOPS]
     how = RayLaunch(workers=2, address=cluster.address, restarts=restarts)
     result = launch(run, str(recipe), ["trainer.steps=8"], None, how, Reporter())
     disturbed.join()
     assert result.finished
+    assert [signal.getsignal(number) for number in STOPS] == handlers  # Ctrl-C is the caller's again
 
 
 def ray_workers() -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from ccpo.planner import Planner
 from ccpo.rollout import Ask, CounterfactualCache, Played, Rater, play_team, rating_report, write_episodes
 from ccpo.runfolder import RunFolder, read_json, write_json
 from ccpo.schedule import ProblemSampler
+from ccpo.signals import stopping
 from ccpo.teams import describe
 
 KINDS = ("joint", "counterfactual", "rating")
@@ -82,7 +82,7 @@ class Trainer:
 
         Raises EndpointTrouble where an agent behind an endpoint cannot speak any more, with all finished steps saved.
         """
-        with _Signals(self), self.ahead:
+        with stopping(_ask_to_stop(self)), self.ahead:
             stopped = False
             while not self.done and not stopped:
                 spent = self.tokens
@@ -353,31 +353,19 @@ class Trainer:
         self.folder.rewind(self.step)
 
 
-class _Signals:
+def _ask_to_stop(trainer: Trainer) -> Callable[[int, Any], None]:
     """SIGINT and SIGTERM let the step in hand finish; a second one ends at once. A launcher passes on what the terminal has sent already,
     so that what comes within two seconds is the same one."""
+    asked = 0.0
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.asked = 0.0
-        self.before: dict[int, Any] = {}
+    def handler(number: int, frame: Any) -> None:
+        nonlocal asked
+        if trainer.stopping is None:
+            trainer.stopping, asked = number, time.monotonic()
+        elif time.monotonic() - asked > ECHO:
+            raise KeyboardInterrupt
 
-    def __enter__(self) -> None:
-        def ask_to_stop(number: int, frame: Any) -> None:
-            if self.trainer.stopping is None:
-                self.trainer.stopping, self.asked = number, time.monotonic()
-            elif time.monotonic() - self.asked > ECHO:
-                raise KeyboardInterrupt
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.before[number] = signal.signal(number, ask_to_stop)
-            except ValueError:  # not the main thread: signals are someone else's
-                return
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+    return handler
 
 
 def _without(played: Played, K: int) -> dict[str, float]:

@@ -18,6 +18,7 @@ from ccpo.compare.cells import Cell, main_cells, sweep_cells, tune_cells
 from ccpo.compare.store import Store, write_small
 from ccpo.compare.study import Study
 from ccpo.compare.tuning import choose
+from ccpo.signals import stopping
 
 PHASES = ("tune", "main", "sweep")
 POLL = 0.2
@@ -114,7 +115,7 @@ class Runner:
     def run(self) -> bool:
         """Returns False where it was stopped or the time was up with cells left. It waits for cells that other processes run."""
         started = planned = time.monotonic()
-        with _Stops(self):
+        with stopping(self._stop):
             try:
                 while True:
                     if self._reap() or (self.state.waiting and time.monotonic() - planned > REPLAN):
@@ -196,6 +197,14 @@ class Runner:
                 shutil.rmtree(work, ignore_errors=True)
         return len(self.state.running) < before
 
+    def _stop(self, number: int, frame: Any) -> None:
+        """The first SIGINT lets the cells in hand finish; a second one, or SIGTERM, ends them too."""
+        self.stops += 1
+        if self.stops > 1 or number == signal.SIGTERM:
+            raise KeyboardInterrupt
+        count = len(self.state.running)
+        print(f"Stopping: {count} cell(s) in hand are finished first; Ctrl-C again ends them now.", file=sys.stderr)
+
     def _end_all(self) -> None:
         """At a second Ctrl-C, or an error of ours: end the workers; their cells are run again another time."""
         for job in self.state.running:
@@ -203,32 +212,6 @@ class Runner:
         for job in self.state.running:
             job.process.wait()
         self.state.running.clear()
-
-
-class _Stops:
-    """The first SIGINT lets the cells in hand finish; a second one, or SIGTERM, ends them too."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.runner = runner
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        def stop(number: int, frame: Any) -> None:
-            self.runner.stops += 1
-            if self.runner.stops > 1 or number == signal.SIGTERM:
-                raise KeyboardInterrupt
-            count = len(self.runner.state.running)
-            print(f"Stopping: {count} cell(s) in hand are finished first; Ctrl-C again ends them now.", file=sys.stderr)
-
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self.before[number] = signal.signal(number, stop)
-            except ValueError:  # not the main thread: signals are someone else's
-                return
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def _last_words(code: int, log: Path) -> str:

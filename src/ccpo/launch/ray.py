@@ -17,6 +17,7 @@ from typing import Any
 from ccpo.errors import LostContact, RunFailure, UserError
 from ccpo.runfolder import RunFolder, read_json, write_json
 from ccpo.runs import Reporter, Result
+from ccpo.signals import stopping
 
 PATIENCE = 5.0  # seconds within which an address must answer
 GLANCE = 1.0  # seconds between two looks at a run's log
@@ -34,6 +35,7 @@ class RayLaunch:
     gpu: bool = False
 
 
+@stopping()  # Ray leaves handlers behind, one of which calls a controller that is gone
 def launch(
     run: Path, recipe: str | None, overrides: Sequence[str], steps: int | None, how: RayLaunch, reporter: Reporter
 ) -> Result:
