@@ -21,18 +21,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-RECIPE = """
-run: {name: kills, seed: 3}
-model: {path: bootstrap, sharing: separate, compute: float32, decode: float32}
-bootstrap: {hidden: 32, layers: 1, heads: 2, kv_heads: 1, mlp: 64, steps: 40, cooldown: 5, noisy_steps: 5}
-team: {kind: think_solve, prompts: {thinker: "T{problem}:", solver: "S{problem}[[:{thinker}]]="}}
-task: {kind: digit_sum, digits: [2, 4]}
-credit: ccpo_v1
-rollout: {prompts: 4, samples: 4, max_tokens: 8}
-eval: {problems: 8}
-optim: {lr: 1.0e-3}
-trainer: {steps: 30, save_every: 3}
-"""
+RECIPE = Path(__file__).with_name("tiny.yaml")
+STEPS = 30
+FRESH = [str(RECIPE), "--set", f"trainer.steps={STEPS}", "--set", "trainer.save_every=3"]
 
 
 def start(launch: str, *arguments: str) -> subprocess.Popen:
@@ -61,7 +52,7 @@ def workers(launch: str, run: Path) -> list[int]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    files = sorted(newest.glob("policies/*/model.safetensors"))
+    files = sorted(newest.glob("policies/*/model*.safetensors"))
     return {f"{file.parent.name}.{name}": tensor for file in files for name, tensor in load_file(file).items()}
 
 
@@ -72,9 +63,9 @@ def finished(process: subprocess.Popen) -> bool:
     return process.returncode == 0
 
 
-def trial(launch: str, recipe: Path, run: Path, rng: random.Random, span: float) -> str:
+def trial(launch: str, run: Path, rng: random.Random, span: float) -> str:
     """ "same", "other" (weights), "lost" (the run did not end), or "missed" (it had ended before the kill)."""
-    process = start(launch, str(recipe), "--set", f"run.dir={run}")
+    process = start(launch, *FRESH, "--set", f"run.dir={run}")
     while not (run / "metrics.jsonl").is_file() and process.poll() is None:
         time.sleep(0.02)
     time.sleep(rng.uniform(0, span))
@@ -103,17 +94,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["CCPO_CACHE"] = str(folder / "cache")
-        recipe = folder / "recipe.yaml"
-        recipe.write_text(RECIPE)
         quiet = folder / "undisturbed"
-        if not finished(start(given.launch, str(recipe), "--set", f"run.dir={quiet}")):
+        if not finished(start(given.launch, *FRESH, "--set", f"run.dir={quiet}")):
             raise SystemExit("the undisturbed run failed")
         expected = weights(quiet)
-        first, last = (quiet / "episodes" / f"step-{step:06d}.jsonl.gz" for step in (1, 30))
+        first, last = (quiet / "episodes" / f"step-{step:06d}.jsonl.gz" for step in (1, STEPS))
         span = last.stat().st_mtime - first.stat().st_mtime
         while counts["same"] + counts["other"] + counts["lost"] < given.trials:
             run = folder / f"run-{sum(counts.values())}"
-            outcome = trial(given.launch, recipe, run, rng, span)
+            outcome = trial(given.launch, run, rng, span)
             if outcome == "same" and any(not torch.equal(t, expected[n]) for n, t in weights(run).items()):
                 outcome = "other"
             counts[outcome] += 1

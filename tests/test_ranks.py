@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from ccpo.comm import Comm, deal
 from ccpo.config import load_recipe
@@ -27,18 +29,7 @@ from ccpo.launch.torchrun import processes
 from ccpo.types import Completion, FinishReason, Request
 
 HERE = Path(__file__).parent
-RECIPE = """
-run: {name: ranks, seed: 3}
-model: {path: bootstrap, sharing: separate, compute: float32, decode: float32}
-bootstrap: {hidden: 32, layers: 1, heads: 2, kv_heads: 1, mlp: 64, steps: 40, cooldown: 5, noisy_steps: 5}
-team: {kind: think_solve, prompts: {thinker: "T{problem}:", solver: "S{problem}[[:{thinker}]]="}}
-task: {kind: digit_sum, digits: [2, 4]}
-credit: ccpo_v1
-rollout: {prompts: 4, samples: 4, max_tokens: 8}
-eval: {problems: 8}
-optim: {lr: 1.0e-3}
-trainer: {steps: 4, save_every: 1}
-"""
+RECIPE = HERE.parent / "benchmarks" / "tiny.yaml"
 
 
 def environment() -> dict[str, str]:
@@ -152,7 +143,7 @@ def train(cache: Path, *arguments: str) -> str:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-    path.write_text(RECIPE)
+    path.write_text(RECIPE.read_text())
     return path
 
 
@@ -169,11 +160,14 @@ def credit(run: Path, step: int) -> list:
     return [[(r["credit"], [t["token_ids"] for t in r["turns"]]) for r in group["rollouts"]] for group in groups]
 
 
+def newest(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("step-*"))[-1]
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     return {
         f"{path.parent.name}.{name}": tensor
-        for path in sorted(newest.glob("policies/*/model.safetensors"))
+        for path in sorted(newest(run).glob("policies/*/model*.safetensors"))
         for name, tensor in load_file(path).items()
     }
 
@@ -188,24 +182,50 @@ def test_processes_pay_the_very_same_credit(count, shard, alone, cache, recipe, 
     assert out.count("run: ") == 1, "only one process speaks"
     for step in (1, 2, 3, 4):
         assert credit(run, step) == credit(alone, step)
-    for name, tensor in weights(run).items():
-        assert torch.allclose(tensor, weights(alone)[name], atol=1e-5)
+    same_weights(run, alone)
     assert json.loads((run / "summary.json").read_text())["ranks"] == count
+
+
+def same_weights(run: Path, other: Path) -> None:
+    found, expected = weights(run), weights(other)
+    assert found and set(found) == set(expected)
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, expected[name], atol=1e-5)
+
+
+def moved(run: Path, to: Path) -> Path:
+    """A copy of a run's folder, which goes on in its own place."""
+    shutil.copytree(run, to, symlinks=True)
+    return to
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", [False, True])
 def test_a_run_goes_on_on_other_numbers_of_processes(shard, alone, cache, recipe, tmp_path):
-    run = tmp_path / "run"
-    sets = ["--set", f"run.dir={run}", "--set", "trainer.steps=1", "--set", f"model.shard={shard}"]
+    four = tmp_path / "four"
+    sets = ["--set", f"run.dir={four}", "--set", "trainer.steps=1", "--set", f"model.shard={shard}"]
     train(cache, str(recipe), *sets, "--launch", "torchrun:4")
-    for steps, launch in ((2, ["--launch", "torchrun:2"]), (3, []), (4, ["--launch", "torchrun:3"])):
-        train(cache, "--resume", str(run), "--steps", str(steps), *launch)
-    for name, tensor in weights(run).items():
-        assert torch.allclose(tensor, weights(alone)[name], atol=1e-5)
-    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-    for config in newest.glob("policies/*/config.json"):  # as anyone would load it
-        assert json.loads(config.read_text())["architectures"] == ["Qwen2ForCausalLM"]
+    written = sorted(f.name for f in newest(four).glob("policies/solver/*.safetensors"))
+    assert written == (
+        [f"model-{i:05d}-of-00004.safetensors" for i in (1, 2, 3, 4)] if shard else ["model.safetensors"]
+    )
+    for count in (1, 2, 3):
+        run = moved(four, tmp_path / str(count))
+        train(cache, "--resume", str(run), "--steps", "4", *(["--launch", f"torchrun:{count}"] if count > 1 else []))
+        same_weights(run, alone)
+    plain = AutoModelForCausalLM.from_pretrained(newest(four) / "policies" / "solver")  # as anyone would load it
+    assert type(plain).__name__ == "Qwen2ForCausalLM" and plain.config.architectures == ["Qwen2ForCausalLM"]
+    stored = {k.removeprefix("solver."): v for k, v in weights(four).items() if k.startswith("solver.")}
+    for name, tensor in plain.named_parameters():
+        assert torch.equal(tensor, stored[name])
+    if shard:
+        lost = newest(run := moved(four, tmp_path / "lost")) / "optimizers" / "thinker-00003-of-00004.safetensors"
+        lost.unlink()
+        started = time.monotonic()
+        done = ccpo(cache, "--resume", str(run), "--launch", "torchrun:2")
+        said = done.communicate(timeout=60)[0]
+        assert done.returncode and f"optimizers/{lost.name} is missing" in said and said.count("damaged") == 1
+        assert time.monotonic() - started < 30 and not processes_of(run)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from ccpo.crew import Crew
 from ccpo.errors import EndpointTrouble
 from ccpo.evaluate import Exam, evaluate, headline
 from ccpo.learner import load_checkpoint, save_checkpoint
-from ccpo.learner.sharding import gather_states
 from ccpo.loggers import Sinks
 from ccpo.pay import Payroll, credit_inputs, lists, training_rows, turn_lengths
 from ccpo.planner import Planner
@@ -330,18 +329,12 @@ class Trainer:
             "alarms": self.watch.to_json(),
         }
         crew, keep = self.crew, self.config.trainer.keep_checkpoints
-        whole = gather_states(crew.policies, crew.learner.optimizers, keep=crew.comm.first)
-        crew.comm.first_alone(
-            lambda: save_checkpoint(
-                self.folder.path, self.step, crew.policies, crew.learner, state, keep=keep, whole=whole
-            )
-        )
+        save_checkpoint(self.folder.path, self.step, crew.policies, crew.learner, state, keep=keep, comm=crew.comm)
 
     def load(self, checkpoint: Any) -> None:
         """Go on from a checkpoint folder: weights, optimiser, histories, caches, random state."""
-        self.step, state = self.crew.comm.together(
-            lambda: load_checkpoint(checkpoint, self.crew.policies, self.crew.learner)
-        )
+        crew = self.crew
+        self.step, state = load_checkpoint(checkpoint, crew.policies, crew.learner, crew.comm)
         self.state = state["credit"]
         self.cache.load_json(state["cache"])
         self.totals |= state["totals"]

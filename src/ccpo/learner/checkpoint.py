@@ -1,6 +1,6 @@
 """Checkpoints: ``RUN/checkpoints/step-000050/``, whole or absent, checked before they are believed, and without pickle.
 
-    policies/NAME/    a Hugging Face folder: the model, or the LoRA adapter, with its tokenizer
+    policies/NAME/    a Hugging Face folder: the model (of a policy in shards, a file from each rank), or the LoRA adapter, with its tokenizer
     agents/AGENT      a link to the folder of the policy that the agent speaks with
     optimizers/       AdamW's tensors of each policy that is trained
     state.json        versions, random state and what the caller gave (tensors in state.safetensors)
@@ -16,18 +16,20 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ccpo.comm import Comm
 from ccpo.errors import RunFailure, UserError
 from ccpo.learner import lora as adapters
 from ccpo.learner.loading import quiet
 from ccpo.learner.manifest import flush, read_manifest, verify, write_manifest
 from ccpo.learner.policies import Policy
-from ccpo.learner.sharding import WholeState, plain_class
+from ccpo.learner.sharding import Part, gather_parts, plain_class
 from ccpo.learner.state import random_state, read_state, restore_random_state, write_state
 from ccpo.learner.update import Learner
 
@@ -44,52 +46,83 @@ def save_checkpoint(
     extra_state: Mapping[str, Any],
     *,
     keep: int = 2,
-    whole: Mapping[str, WholeState] | None = None,
+    comm: Comm | None = None,
 ) -> Path:
     """Write the checkpoint of ``step`` finished steps into the run folder, and delete all but the newest ``keep``.
 
-    ``whole``: the states of policies that are sharded (:func:`~ccpo.learner.sharding.gather_states`). ``extra_state``: nested strings,
-    numbers and tensors, given back by :func:`load_checkpoint`. Raises RunFailure where
+    ``comm``: the ranks, which must all ask together and see one disk; each writes its part of the policies that are sharded, the first one
+    the rest. ``extra_state``: nested strings, numbers and tensors, given back by :func:`load_checkpoint`. Raises RunFailure where
     the disk refuses (nothing is left behind, and what was there before stays), ValueError for a state that cannot be
     kept.
     """
-    from safetensors import SafetensorError
-
     if keep < 1:
         raise ValueError(f"keep is the number of checkpoints that stay, at least 1; got {keep}")
+    comm = comm or Comm()
     place = Path(folder) / FOLDER
-    unfinished = place / f"{UNFINISHED}{os.getpid()}"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
+    unfinished = place / f"{UNFINISHED}{comm.gather_plain(os.getpid())[0]}"
+    final = place / f"step-{step:06d}"
+    parts = gather_parts(policies, learner.optimizers, comm)
+
+    @_disk_refusals(place, step)
+    def begin() -> None:
         for stale in place.glob(f"{UNFINISHED}*"):  # what a kill left behind
             shutil.rmtree(stale)
-        unfinished.mkdir()
-        _write(unfinished, step, policies, learner, extra_state, whole or {})
-        final = _publish(unfinished, place / f"step-{step:06d}")
+        for name in policies:
+            (unfinished / "policies" / name).mkdir(parents=True)
+        (unfinished / "optimizers").mkdir()
+
+    @_disk_refusals(place, step)
+    def write_parts() -> dict[str, dict[str, str]]:
+        return {name: _write_part(unfinished, name, part, comm) for name, part in parts.items()}
+
+    @_disk_refusals(place, step)
+    def finish() -> None:
+        _write(unfinished, step, policies, learner, extra_state, files)
+        _publish(unfinished, final)
         for old in list_checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise RunFailure(
-            f"step {step}: the checkpoint could not be written to {place} ({error}); the ones before it are untouched."
-        ) from error
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+
+    try:
+        comm.first_alone(begin)
+        files = comm.gather_plain(comm.together(write_parts))
+        comm.first_alone(finish)
+    finally:
+        if comm.first:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return final
 
 
+@contextmanager
+def _disk_refusals(place: Path, step: int) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunFailure(
+            f"step {step}: the checkpoint could not be written to {place} ({error}); the ones before it are untouched."
+        ) from error
+
+
 def load_checkpoint(
-    checkpoint: str | Path, policies: Mapping[str, Policy], learner: Learner | None = None
+    checkpoint: str | Path,
+    policies: Mapping[str, Policy],
+    learner: Learner | None = None,
+    comm: Comm | None = None,
 ) -> tuple[int, dict[str, Any]]:
     """Put a checkpoint into live policies and, where given, the learner's optimisers; torch's random state too.
 
-    Everything goes on bit for bit as it would have. Returns the number of finished steps and the extra state. Raises
-    UserError for a checkpoint that is damaged (naming the file, and the newest sound one before it) or that belongs to
-    other policies; nothing live has been changed then, unless a tensor's shape is what is wrong.
+    Everything goes on bit for bit as it would have. ``comm``: the ranks, which must all ask together; there may be more or fewer of them
+    than wrote it. Returns the number of finished steps and the extra state. Raises UserError for a checkpoint that is damaged (naming the
+    file, and the newest sound one before it) or that belongs to other policies; nothing live has been changed then, unless a tensor's
+    shape is what is wrong.
     """
-    folder = Path(checkpoint)
-    step = verify_checkpoint(folder)
+    folder, comm = Path(checkpoint), comm or Comm()
+    comm.first_alone(lambda: verify_checkpoint(folder))
+    return comm.together(lambda: _load(folder, policies, learner))
+
+
+def _load(folder: Path, policies: Mapping[str, Policy], learner: Learner | None) -> tuple[int, dict[str, Any]]:
     state = read_state(folder)
     saved = state["versions"]
     if set(saved) != set(policies):
@@ -103,7 +136,7 @@ def load_checkpoint(
     if learner is not None:
         _load_optimizers(learner, folder)
     restore_random_state(state["random"])
-    return step, state["extra"]
+    return read_manifest(folder)["step"], state["extra"]
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
@@ -145,46 +178,67 @@ def _step(checkpoint: Path) -> int:
     return int(match[1]) if match else 0
 
 
+def _write_part(folder: Path, name: str, part: Part, comm: Comm) -> dict[str, str]:
+    """Write this rank's part of a policy; returns the file of each of its weights."""
+    from safetensors.torch import save_file
+
+    file = f"model-{comm.rank + 1:05d}-of-{comm.size:05d}.safetensors"
+    save_file(dict(part.weights), folder / "policies" / name / file, metadata={"format": "pt"})
+    if part.optimizer is not None:
+        save_file(dict(part.optimizer), folder / "optimizers" / file.replace("model", name, 1))
+    return dict.fromkeys(part.weights, file)
+
+
 def _write(
     folder: Path,
     step: int,
     policies: Mapping[str, Policy],
     learner: Learner,
     extra: Mapping[str, Any],
-    whole: Mapping[str, WholeState],
+    parts: Sequence[Mapping[str, Mapping[str, str]]],
 ) -> None:
+    """All but what :func:`_write_part` has written: ``parts`` is what it returned, by rank and policy."""
     from safetensors.torch import save_file
 
     (folder / "agents").mkdir()
-    (folder / "optimizers").mkdir()
     for name, policy in policies.items():
         target = folder / "policies" / name
-        target.mkdir(parents=True)
-        _save_weights(policy, target, whole.get(name))
+        if name in parts[0]:
+            _describe_parts(policy, target, {weight: file for part in parts for weight, file in part[name].items()})
+        else:
+            _save_weights(policy, target)
+        policy.tokenizer.save_pretrained(target)
         for agent in policy.agents:
             _link(folder / "agents" / agent, target)
     for name, optimizer in learner.optimizers.items():
-        own = whole[name].optimizer if name in whole else optimizer.tensors()
-        tensors = {key: value.detach().cpu().contiguous() for key, value in own.items()}
-        save_file(tensors, folder / "optimizers" / f"{name}.safetensors")
+        if name not in parts[0]:
+            tensors = {key: value.detach().cpu().contiguous() for key, value in optimizer.tensors().items()}
+            save_file(tensors, folder / "optimizers" / f"{name}.safetensors")
     versions = {name: policy.version for name, policy in policies.items()}
     write_state(folder, {"versions": versions, "random": random_state(), "extra": extra})
     write_manifest(folder, step)
 
 
-def _save_weights(policy: Policy, folder: Path, whole: WholeState | None) -> None:
+def _save_weights(policy: Policy, folder: Path) -> None:
     if policy.adapter is not None:
         adapters.save_adapter(policy.model, policy.adapter, folder)
-    elif whole is None:
-        with quiet():
-            policy.model.save_pretrained(folder)
-    else:
-        with quiet():
-            policy.model.save_pretrained(folder, state_dict=dict(whole.weights))
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["architectures"] = [plain_class(policy.model).__name__]
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    policy.tokenizer.save_pretrained(folder)
+        return
+    with quiet():
+        policy.model.save_pretrained(folder)
+
+
+def _describe_parts(policy: Policy, folder: Path, files: Mapping[str, str]) -> None:
+    """What makes the files of all ranks one Hugging Face model: its configuration, and which weight is in which file."""
+    config = json.loads(policy.model.config.to_json_string())
+    config |= {
+        "architectures": [plain_class(policy.model).__name__],
+        "dtype": str(policy.model.dtype).partition(".")[2],
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    policy.model.generation_config.save_pretrained(folder)
+    size = sum((folder / file).stat().st_size for file in set(files.values()))
+    index = {"metadata": {"total_size": size}, "weight_map": dict(files)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def _link(agent: Path, policy: Path) -> None:
@@ -231,10 +285,11 @@ def _load_optimizers(learner: Learner, folder: Path) -> None:
     from safetensors.torch import load_file
 
     for name, optimizer in learner.optimizers.items():
-        file = folder / "optimizers" / f"{name}.safetensors"
-        if not file.is_file():
+        part = re.compile(re.escape(name) + r"(-\d{5}-of-\d{5})?\.safetensors")
+        files = [file for file in sorted((folder / "optimizers").iterdir()) if part.fullmatch(file.name)]
+        if not files:
             raise UserError(
                 f"{folder} holds no optimiser of policy {name!r}, which was frozen then; unfreezing it needs a run of "
                 "its own."
             )
-        optimizer.load(load_file(file), str(file))
+        optimizer.load({key: value for file in files for key, value in load_file(file).items()}, str(files[0]))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccpo.comm import Comm, deal
 from ccpo.families import is_sharded, whole
 
 
@@ -36,29 +37,36 @@ def shard(model: Any, *, compute: torch.dtype, offload: bool = False) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WholeState:
-    """All of a sharded policy on the CPU of the first rank: its weights, and its optimiser's tensors."""
+class Part:
+    """What one rank writes of a sharded policy: some of its weights, and some of its optimiser's tensors (None: it is frozen), each of
+    them whole, on the CPU."""
 
     weights: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor] | None
 
 
-def gather_states(policies: Mapping[str, Any], optimizers: Mapping[str, Any], *, keep: bool) -> dict[str, WholeState]:
-    """The states of those policies that are sharded; ranks that do not ``keep`` them only help. All ranks must ask together."""
+def gather_parts(policies: Mapping[str, Any], optimizers: Mapping[str, Any], comm: Comm) -> dict[str, Part]:
+    """This rank's part of each policy that is sharded. Tensors are gathered one at a time, and dealt out so that every rank keeps and
+    writes as many bytes as the others. All ranks must ask together."""
     found = {}
     for name, policy in policies.items():
         if is_sharded(policy.model):
             stored, own = policy.model.state_dict(), dict(policy.model.named_parameters())  # tied weights once
             buffers = {k for k, _ in policy.model.named_buffers()}
-            weights = {k: _kept(v, keep) for k, v in stored.items() if k in own or k in buffers}
-            own = optimizers[name].tensors() if name in optimizers else {}
-            found[name] = WholeState(weights=weights, optimizer={k: _kept(v, keep) for k, v in own.items()})
+            weights = {k: v for k, v in stored.items() if k in own or k in buffers}
+            state = _dealt(optimizers[name].tensors(), comm) if name in optimizers else None
+            found[name] = Part(weights=_dealt(weights, comm), optimizer=state)
     return found
 
 
-def _kept(tensor: Tensor, keep: bool) -> Tensor:
-    tensor = whole(tensor.detach())
-    return tensor.cpu().contiguous() if keep else tensor.new_empty(0)
+def _dealt(tensors: Mapping[str, Tensor], comm: Comm) -> dict[str, Tensor]:
+    mine = set(deal([t.numel() * t.element_size() for t in tensors.values()], comm.size)[comm.rank])
+    found = {}
+    for number, (key, tensor) in enumerate(tensors.items()):
+        tensor = whole(tensor.detach())
+        if number in mine:
+            found[key] = tensor.cpu().contiguous()
+    return found
 
 
 def plain_class(model: Any) -> type:
