@@ -8,11 +8,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ccpo.bench import counterfactuals, decode, kernels, memory, peers, report, scaling, shapes, step, update
+from ccpo.bench import choices, counterfactuals, decode, kernels, memory, peers, report, scaling, shapes, step, update
 from ccpo.bench.command import bench
 from ccpo.bench.ours import OurStep
 from ccpo.bench.timing import Comparison, in_turns
 from ccpo.cli import app
+from ccpo.engines import make_engine
+from ccpo.engines.products import Product
 from ccpo.errors import RunFailure, UserError
 from ccpo.learner import forward
 
@@ -184,10 +186,28 @@ def test_a_page_that_is_not_ours_is_left_alone(tmp_path):
 
 
 def test_every_part_has_rows_of_its_columns():
-    extra = {"of_limit": 0.5, "tokens": 1.1, "exponent": 1.0}
+    extra = {"of_limit": 0.5, "tokens": 1.1, "exponent": 1.0, "predicted": 1.5}
     for part in report.PARTS:
         if part != "memory":
             assert len(report.row(comparison(part=part, extra=extra))) == len(report.columns(part))
+
+
+def test_a_choice_is_measured_with_it_and_without_it(monkeypatch):
+    """What is switched off is off on that side, and nowhere else."""
+    own, real = [], forward.hidden_states
+    monkeypatch.setattr(forward, "hidden_states", lambda *given: own.append(1) or real(*given))
+    found = {c.name.split(", ")[1]: c for c in choices.run("quick", repeats=1, device="cpu")}
+    assert all(c.seconds["with"] and c.seconds["without"] for c in found.values())
+    assert found["prompts run once"].extra["predicted"] == pytest.approx(
+        (32 * (64 + 32)) / (4 * 64 + 32 * 32), rel=0.05
+    )
+    del own[:]
+    bench = choices._Bench(1, "cpu")
+    bench.no_padding("1M")
+    assert len(own) == 3, "two turns of warming up and one that counts; the other side goes through transformers"
+    with choices._unpacked("ccpo.engines.weights"):
+        plain = make_engine(shapes.make_model("1M"), shapes.tokenizer(), dtype=torch.bfloat16)
+    assert type(plain.weights.layers[0].qkv) is Product
 
 
 def test_the_command_writes_its_results(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from ccpo.bench import counterfactuals, decode, kernels, memory, report, scaling, step, update
+from ccpo.bench import choices, counterfactuals, decode, kernels, memory, report, scaling, step, update
 from ccpo.bench.timing import Comparison
 from ccpo.errors import UserError, nearest
 
@@ -94,6 +94,8 @@ def _run(part: str, mode: str, repeats: int, device: str, notes: list[str]) -> I
         return update.run(mode, repeats=repeats, device=device)
     if part == "step":
         return step.run(mode, repeats=repeats, device=device, note=notes.append)
+    if part == "choices":
+        return choices.run(mode, repeats=repeats, device=device)
     if part == "counterfactuals":
         return counterfactuals.run(mode, repeats=repeats, device=device)
     if part == "credit":

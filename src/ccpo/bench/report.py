@@ -23,6 +23,7 @@ PARTS = {
     "decode": "Decoding",
     "update": "The update",
     "step": "A whole training step",
+    "choices": "What each choice gives",
     "counterfactuals": "What counterfactuals cost",
     "credit": "Credit alone",
     "scaling": "How a step grows",
@@ -34,6 +35,8 @@ WORDS = {
     "update": "Tokens a second through one optimiser step, gradients clipped. The other side is a plain loop: padded rows through transformers in "
     "bfloat16 autocast, attention eager on a CPU and SDPA on a GPU, fused AdamW.",
     "step": "Seconds of a step from prompts to refreshed weights; same model, rollouts, tokens and reward on both sides.",
+    "choices": "The same work with a choice of the decoder or the update and without it, 64 rows (`src/ccpo/bench/choices.py` says what each is). "
+    "*Predicted*: the ratio of tokens or passes, or of the matrix products alone; nothing is fitted.",
     "counterfactuals": "Seconds and generated tokens of a step beside the same step under shared reward.",
     "credit": "On one core. The loop is plain Python over lists, timed on a part and scaled up.",
     "scaling": "Seconds of a step while one number grows; the exponent is the slope of log time over log size, 1 being linear.",
@@ -69,6 +72,7 @@ def columns(part: str) -> list[str]:
         "decode": ["", "ccpo", "best other", "ratio [quartiles]", "of limit"],
         "update": ["", "ccpo", "plain loop", "ratio [quartiles]", "of limit"],
         "step": ["", "ccpo", "other", "ratio [quartiles]"],
+        "choices": ["", "with", "without", "predicted", "ratio [quartiles]"],
         "counterfactuals": ["", "rule", "shared reward", "seconds, ratio [quartiles]", "tokens, ratio"],
         "credit": ["", "ccpo", "loop", "ratio [quartiles]"],
         "scaling": ["", "seconds", "exponent"],
@@ -88,6 +92,8 @@ def row(found: Comparison) -> list[str]:
         ratio = f"{1 / middle:.2f} [{1 / high:.2f}, {1 / low:.2f}]"
         return [found.name, seconds(ours), seconds(base), ratio, f"{found.extra['tokens']:.2f}"]
     ratio = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+    if found.part == "choices":
+        return [found.name, seconds(ours), seconds(base), f"{found.extra['predicted']:.2f}", ratio]
     if found.part in ("step", "credit"):
         return [found.name, seconds(ours), f"{seconds(base)} ({found.base})", ratio]
     label = str(found.shape.get("generate", "")) or found.base

@@ -88,9 +88,9 @@ class Plain:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def learner_of(model: Any, compute: torch.dtype) -> Learner:
+def learner_of(model: Any, compute: torch.dtype, **options: Any) -> Learner:
     policy = Policy(name="a", agents=("a",), model=deepcopy(model), tokenizer=tokenizer(), lr=1e-6)
-    return Learner({"a": policy}, total_steps=10**6, compute=compute)
+    return Learner({"a": policy}, total_steps=10**6, compute=compute, **options)
 
 
 def check(size: str, device: str) -> float:
