@@ -14,8 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F  # noqa: N812
 
-from ccpo.engines import native
+from ccpo.engines import native, prefix
 from ccpo.engines.base import batches, make_engine
+from ccpo.engines.cache import Cache
 from ccpo.engines.finish import decoder
 from ccpo.engines.graphs import Arena, rounded
 from ccpo.errors import RunFailure, UserError
@@ -182,6 +183,64 @@ def test_fixed_addresses_give_the_same(variant):
     before = {id(f): dict(f.recordings) for f in fixed.arena.fixed.values()}
     fixed.generate(mixed_requests(34, seed=2))
     assert {id(f): f.recordings for f in fixed.arena.fixed.values()} == before  # nothing is recorded twice
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_shared_cache_gives_the_same(variant, monkeypatch):
+    """Uneven groups, padded prompts, rows and whole prompts that leave, and a prompt with a single row."""
+    family, overrides = VARIANTS[variant]
+    model = tiny_model(family, **overrides)
+    engine = make_engine(model, TOKENIZER, kind="native", dtype=torch.float32)
+    left: list[int] = []
+    select = prefix.SharedCache.select
+    monkeypatch.setattr(prefix.SharedCache, "select", lambda *a: (left.append(len(a[1])), select(*a))[1])
+    for seed in range(3):
+        asked = [*mixed_requests(30, seed=seed), Request(prompt_ids=prompts(21)[0], seed=1, max_tokens=30)]
+        monkeypatch.setattr(prefix, "SAVED", 10**9)
+        before, plain = len(left), engine.generate(asked)
+        assert len(left) == before
+        monkeypatch.setattr(prefix, "SAVED", 0)
+        for request, a, b in zip(asked, plain, engine.generate(asked), strict=True):
+            assert (a.token_ids, a.text, a.finish) == (b.token_ids, b.text, b.finish)
+            assert a.logprobs == pytest.approx(b.logprobs, abs=1e-5)
+            want = forward_logprobs(model, request.prompt_ids, b.token_ids, request.temperature or 1.0)
+            assert b.logprobs == pytest.approx(want.tolist(), abs=1e-4)
+    assert left, "rows left a shared cache"
+
+
+def test_long_prompts_of_many_samples_are_shared(monkeypatch):
+    made: list[tuple[int, int]] = []
+    of = prefix.SharedCache.of
+    monkeypatch.setattr(
+        prefix.SharedCache,
+        "of",
+        lambda w, cache, owner, steps: made.append((len(owner), cache.filled)) or of(w, cache, owner, steps),
+    )
+    engine = make_engine(tiny_model(), TOKENIZER, dtype=torch.float32)
+    long, short = prompts(300, 8)
+    engine.generate([Request(prompt_ids=short, seed=s, max_tokens=4) for s in range(32)])
+    assert made == []
+    engine.generate([Request(prompt_ids=long, seed=s, max_tokens=4) for s in range(32)])
+    assert made == [(32, 300)]
+
+
+def test_a_shared_cache_of_extreme_scores_is_finite():
+    """The two parts of attention are weighed by differences of logarithms: neither overflows, whichever part has all the weight."""
+    w = make_engine(tiny_model(), TOKENIZER, kind="native", dtype=torch.float32).weights
+    for sign in (1.0, -1.0):
+        cache = Cache.empty(w, [6, 4], 0)
+        for layer in range(len(w.layers)):
+            cache.keys[layer].normal_(generator=torch.Generator().manual_seed(1))
+            cache.values[layer].normal_(generator=torch.Generator().manual_seed(2))
+        owner, heads = torch.tensor([0, 0, 1]), (w.kv_heads, w.head_dim)
+        shared = prefix.SharedCache.of(w, cache, owner, 3)
+        query, value = torch.full((3, w.heads, w.head_dim), 1e3), torch.randn(3, *heads)
+        key = torch.full((3, *heads), sign * 10.0)
+        found = shared.attend(0, query, key, value)
+        plain = Cache.empty(w, [6, 4], 0).select(owner)
+        plain.keys, plain.values = [k[owner] for k in cache.keys], [v[owner] for v in cache.values]
+        plain.widen(3)
+        assert torch.allclose(found, plain.attend(0, query, key, value), atol=1e-5)
 
 
 def test_rows_and_columns_come_in_few_sizes():

@@ -133,9 +133,7 @@ class _Bench:
         unpaid = {row.prompt_ids for row in rows[: len(rows) // 2]}
         half = [replace(r, advantage=0.0) if r.prompt_ids in unpaid else r for r in rows]
         step = self._step(size)
-        return self._compare(
-            f"{size}, rows paid nothing do not run", lambda: step(half), lambda: step(rows), 2.0
-        )
+        return self._compare(f"{size}, rows paid nothing do not run", lambda: step(half), lambda: step(rows), 2.0)
 
     def _step(self, size: str, **options: Any) -> Callable[..., None]:
         model = make_model(size, device=self.device)

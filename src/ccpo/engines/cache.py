@@ -83,11 +83,15 @@ class Cache:
         """How many there are, used and unused."""
         return self.values[0].shape[2]
 
+    def put(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Writes a token of each row (``[B, kv_heads, head_dim]``) into the next column."""
+        self.keys[layer][..., self.filled], self.values[layer][:, :, self.filled] = key, value
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Writes a token of each row (``[B, kv_heads, head_dim]``) into the next column; what its scaled query ``[B, heads, head_dim]``
         finds in all columns up to there: ``[B, heads * head_dim]``."""
+        self.put(layer, key, value)
         keys, values, rows, used = self.keys[layer], self.values[layer], len(query), self.filled + 1
-        keys[..., self.filled], values[:, :, self.filled] = key, value
         # The query heads of one key head are rows of one matrix: grouped heads need no copies of their keys.
         query = query.reshape(rows * key.shape[1], -1, key.shape[2])
         scores = torch.bmm(query, keys[..., :used].flatten(0, 1))

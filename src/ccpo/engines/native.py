@@ -1,6 +1,7 @@
 """The native decoder: Qwen2, Qwen3 and Llama models as a handful of tensor operations a layer.
 
-Equal prompts are prefilled once and their cache (`ccpo.engines.cache`) is dealt out to their rows. Rows that have finished leave the
+Equal prompts are prefilled once and their cache (`ccpo.engines.cache`) is dealt out to their rows, or shared by them
+(`ccpo.engines.prefix`). Rows that have finished leave the
 batch. The device is asked which they are once in `CHECK` steps; what a row samples beyond its end is dropped afterwards. On a GPU a step
 is recorded once and then played (`ccpo.engines.graphs`).
 """
@@ -18,6 +19,7 @@ from ccpo.engines.base import batches, check_requests, distinct
 from ccpo.engines.cache import Block, Cache
 from ccpo.engines.finish import complete, contains, decoder, end_ids, tail_length
 from ccpo.engines.graphs import Arena, Fixed
+from ccpo.engines.prefix import SharedCache, worth_sharing
 from ccpo.engines.sampling import Sampler
 from ccpo.engines.weights import Layer, Weights
 from ccpo.types import Completion, Request
@@ -113,7 +115,7 @@ class NativeEngine:
         ]
         ended_B[torch.tensor(found, dtype=torch.int64, device=self.device)] = True
 
-    def _begin(self, requests: list[Request], steps: int) -> tuple[Cache | Fixed, Tensor]:
+    def _begin(self, requests: list[Request], steps: int) -> tuple[Cache | SharedCache | Fixed, Tensor]:
         """Prefills the distinct prompts and deals their caches out to the requests' rows; the cache and the logits of the first tokens."""
         prompts, owner = distinct([r.prompt_ids for r in requests])
         if len(prompts) == len(requests) and self.arena is None:
@@ -122,6 +124,8 @@ class NativeEngine:
         owner_B = torch.tensor(owner, device=self.device)
         if self.arena is not None:
             return self.arena.deal(cache, owner_B, steps), logits_BV[owner_B]
+        if worth_sharing(cache, owner_B):
+            return SharedCache.of(self.weights, cache, owner_B, steps), logits_BV[owner_B]
         cache.select(owner_B)
         cache.widen(steps)
         return cache, logits_BV[owner_B]
@@ -153,7 +157,7 @@ class NativeEngine:
             hidden = self._absorb(layer, hidden, mixed.flatten(1))
         return hidden
 
-    def step(self, cache: Cache | Fixed, token_B: Tensor) -> Tensor:
+    def step(self, cache: Cache | SharedCache | Fixed, token_B: Tensor) -> Tensor:
         """Runs one more token of every row; the logits of those after it."""
         w = self.weights
         turn = w.rotations(cache.columns)[cache.position_B][:, None]
