@@ -37,6 +37,8 @@ def run(mode: str, *, repeats: int, device: str) -> Iterator[Comparison]:
         if compute_dtype(torch.device(device)) == torch.bfloat16 and device == "cpu":
             yield bench.packed(size, new)
         yield bench.finished_rows(size, new)
+        if device == "cpu":
+            yield bench.shared_cache(size)
     for size in UPDATE[mode]:
         yield bench.prompts_once(size)
         yield bench.no_padding(size)
@@ -45,7 +47,7 @@ def run(mode: str, *, repeats: int, device: str) -> Iterator[Comparison]:
 
 
 class _Bench:
-    """``predicted`` is counted in tokens or passes, or measured on the products alone; never fitted."""
+    """``predicted`` is counted in tokens, columns or passes, or measured on the products alone; never fitted."""
 
     def __init__(self, repeats: int, device: str) -> None:
         self.repeats, self.device = repeats, device
@@ -87,6 +89,26 @@ class _Bench:
             lambda: engine.generate(early),
             lambda: engine.generate(whole),
             rows * new / sum(r.max_tokens for r in early),
+        )
+
+    def shared_cache(
+        self, size: str, prompts: int = 8, samples: int = 8, prompt: int = 256, new: int = 32
+    ) -> Comparison:
+        """Without: a prompt runs once too, but each of its rows has its own copy of the keys and values. Predicted from the columns that a
+        step reads, as if nothing else took time."""
+        engine = make_engine(make_model(size), tokenizer())
+        asked = requests([p for p in random_prompts(prompts, prompt) for _ in range(samples)], new)
+
+        def base() -> None:
+            with patch("ccpo.engines.prefix.SAVED", float("inf")):
+                engine.generate(asked)
+
+        rows = prompts * samples
+        return self._compare(
+            f"{size}, samples share a prompt's cache, {prompt} + {new}",
+            lambda: engine.generate(asked),
+            base,
+            rows * (prompt + new / 2) / (prompts * prompt + rows * new / 2),
         )
 
     def prompts_once(self, size: str) -> Comparison:

@@ -36,7 +36,7 @@ WORDS = {
     "bfloat16 autocast, attention eager on a CPU and SDPA on a GPU, fused AdamW.",
     "step": "Seconds of a step from prompts to refreshed weights; same model, rollouts, tokens and reward on both sides.",
     "choices": "The same work with a choice of the decoder or the update and without it, 64 rows (`src/ccpo/bench/choices.py` says what each is). "
-    "*Predicted*: the ratio of tokens or passes, or of the matrix products alone; nothing is fitted.",
+    "*Predicted*: the ratio of tokens, columns or passes, or of the matrix products alone, as if they were all; nothing is fitted.",
     "counterfactuals": "Seconds and generated tokens of a step beside the same step under shared reward.",
     "credit": "On one core. The loop is plain Python over lists, timed on a part and scaled up.",
     "scaling": "Seconds of a step while one number grows; the exponent is the slope of log time over log size, 1 being linear.",
