@@ -8,7 +8,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ccpo.bench import choices, counterfactuals, decode, kernels, memory, peers, report, scaling, shapes, step, update
+from ccpo.bench import (
+    choices,
+    counterfactuals,
+    decode,
+    figures,
+    kernels,
+    memory,
+    peers,
+    report,
+    scaling,
+    shapes,
+    step,
+    update,
+)
 from ccpo.bench.command import bench
 from ccpo.bench.ours import OurStep
 from ccpo.bench.timing import Comparison, in_turns
@@ -208,6 +221,26 @@ def test_a_choice_is_measured_with_it_and_without_it(monkeypatch):
     with choices._unpacked("ccpo.engines.weights"):
         plain = make_engine(shapes.make_model("1M"), shapes.tokenizer(), dtype=torch.bfloat16)
     assert type(plain.weights.layers[0].qkv) is Product
+
+
+def test_every_part_with_ratios_has_its_figure_and_the_page_shows_it(tmp_path):
+    found = [comparison(part=part, extra={"predicted": 2.0}) for part in figures.PARTS]
+    sides = {"4": [1.0, 1.2], "8": [1.9, 2.1], "16": [4.0, 4.4]}
+    scaled = comparison(
+        part="scaling",
+        name="step time by prompts",
+        seconds=sides,
+        shape={"values": [4, 8, 16]},
+        base=None,
+        extra={"exponent": 1.0},
+    )
+    first, second = (figures.draw_all([*found, scaled], tmp_path / name) for name in "ab")
+    assert set(first) == {*(f"ratios_{part}" for part in figures.PARTS), "scaling"}
+    for name, path in first.items():
+        assert path.read_bytes() == second[name].read_bytes()
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5_000
+    assert set(figures.draw_all(found[:1], tmp_path / "a")) == {f"ratios_{found[0].part}"}
+    assert len(list((tmp_path / "a").iterdir())) == 1, "figures of other results are gone"
 
 
 def test_the_command_writes_its_results(tmp_path):

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ccpo.bench import choices, counterfactuals, decode, kernels, memory, report, scaling, step, update
 from ccpo.bench.timing import Comparison
+from ccpo.compare.canvas import need_matplotlib
 from ccpo.errors import UserError, nearest
 
 ON_GPU = ("decode", "update", "step")
@@ -34,6 +35,7 @@ def bench(
     chosen = _parts(parts, device)
     if page is not None:
         report.refuse_other_page(page)
+        need_matplotlib()
     if threads is not None:
         torch.set_num_threads(threads)
     mode = "gpu" if device == "cuda" else "quick" if quick else "full"

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ccpo import __version__
+from ccpo.bench.figures import draw_all
 from ccpo.bench.timing import Comparison
 from ccpo.compare.extract import cpu_model
 from ccpo.compare.markdown import number, table
@@ -172,4 +173,6 @@ def write_page(path: Path, results: Mapping[str, Any], comparisons: Sequence[Com
         ]
     lines += [f"*Left out:* {note}" for note in results["notes"]]
     path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = draw_all(comparisons, path.with_suffix(""))
+    lines += [f"![{name.replace('_', ' ')}]({file.relative_to(path.parent)})" for name, file in drawn.items()]
     path.write_text("\n\n".join(lines) + f"\n\n{KEPT}{kept}", encoding="utf-8")

@@ -7,17 +7,50 @@ differ too. The headline pair has the two strongest.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ccpo.compare.stats import Estimate
 from ccpo.compare.summary import Entry, Summary
+from ccpo.errors import UserError
 
 STRONG = ("#0072B2", "#D55E00")
 COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8A800")
 STYLES = ("-", "--", "-.", ":")
 WIDTH = 8.0
 COLUMNS = 2
+DPI = 110
+
+
+def need_matplotlib() -> None:
+    """Raises UserError where it is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("figures need matplotlib: pip install 'ccpo[plots]'") from None
+    matplotlib.use("Agg")
+
+
+def draw(makers: Mapping[str, Callable[[], Any]], folder: Path) -> dict[str, Path]:
+    """Each figure as ``NAME.png`` in the folder, by name; a maker that returns None has nothing to show, and its earlier figure goes. Raises
+    UserError where matplotlib is missing."""
+    need_matplotlib()
+    import matplotlib
+
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {}
+    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        for name, make in makers.items():
+            figure = make()
+            path = folder / f"{name}.png"
+            if figure is None:
+                path.unlink(missing_ok=True)  # one of earlier results would be another's
+                continue
+            figure.savefig(path, dpi=DPI, metadata={"Software": None})
+            matplotlib.pyplot.close(figure)
+            drawn[name] = path
+    return drawn
 
 
 def look(summary: Summary, method: str) -> dict[str, Any]:

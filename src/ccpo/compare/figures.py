@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ccpo.compare.canvas import (
     COLUMNS,
+    draw,
     empty_rows,
     error_bars,
     legend_of,
@@ -20,20 +22,12 @@ from ccpo.compare.canvas import (
 from ccpo.compare.figures_agents import credit_boxes, lazy_agents, sweep_lines
 from ccpo.compare.stats import band
 from ccpo.compare.summary import Summary, shown_tasks
-from ccpo.errors import UserError
 
-DPI = 110
 GRID_POINTS = 41
 
 
 def draw_all(summary: Summary, folder: Path) -> dict[str, Path]:
     """Draw every figure that the results allow, by name. Raises UserError where matplotlib is missing."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install 'ccpo[plots]'") from None
-    matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
     makers: dict[str, Callable[[Summary], Any]] = {
         "curves": learning_curves,
         "final": final_accuracy,
@@ -42,18 +36,7 @@ def draw_all(summary: Summary, folder: Path) -> dict[str, Path]:
         "lazy": lazy_agents,
         "sweeps": sweep_lines,
     }
-    drawn = {}
-    with matplotlib.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        for name, make in makers.items():
-            figure = make(summary)
-            path = folder / f"{name}.png"
-            if figure is None:
-                path.unlink(missing_ok=True)  # one of earlier results would be another study's
-                continue
-            figure.savefig(path, dpi=DPI, metadata={"Software": None})
-            matplotlib.pyplot.close(figure)
-            drawn[name] = path
-    return drawn
+    return draw({name: partial(make, summary) for name, make in makers.items()}, folder)
 
 
 def learning_curves(summary: Summary) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ccpo.compare.canvas import need_matplotlib
 from ccpo.errors import UserError, nearest
 
 KINDS = {
@@ -37,14 +38,12 @@ def plot(runs: Sequence[str | Path], kind: str, out: str | Path) -> Path:
         )
     if not runs:
         raise UserError("name at least one run's folder")
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install 'ccpo[plots]'") from None
+    need_matplotlib()
+    import matplotlib
+
     from ccpo.plot.data import RunData, methods_of
     from ccpo.plot.figures import FIGURES
 
-    matplotlib.use("Agg")
     methods = methods_of([RunData(Path(run)) for run in dict.fromkeys(map(str, runs))])
     with matplotlib.rc_context(LOOK):
         figure = FIGURES[kind](methods)
