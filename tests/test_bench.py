@@ -146,6 +146,12 @@ def test_a_step_of_ours_makes_the_tokens_it_was_asked_for(tmp_path):
     assert ours.tokens == 2 * 2 * 2 * 5
 
 
+@pytest.mark.parametrize("k", scaling.VOTERS)
+def test_a_step_of_any_number_of_voters(k, tmp_path):
+    step = OurStep(shapes.save("1M", tmp_path / "base"), tmp_path / "run", "pair", scaling.of_voters(k))
+    assert len(step.trainer.setup.team.agent_names) == k
+
+
 def test_a_side_that_made_other_tokens_is_found(tmp_path):
     class Short:
         tokens = 3

@@ -42,14 +42,7 @@ def run(mode: str, *, repeats: int, device: str) -> Iterator[Comparison]:
             yield _fitted(axis, steps, repeats, device)
         if mode != "full":
             return
-        voters = {}
-        for k in VOTERS:
-            team: dict[str, Any] = {
-                "kind": "voting",
-                "k": k,
-                "prompts": {f"voter{i + 1}": "T{problem}:" for i in range(k)},
-            }
-            voters[k] = OurStep(base, folder / f"k{k}", "voting", {"team": {"k": k, "prompts": team["prompts"]}})
+        voters = {k: OurStep(base, folder / f"k{k}", "pair", of_voters(k)) for k in VOTERS}
         yield _fitted("K, agents", voters, repeats, device)
         sizes = {}
         for size in ("1M", "5M", "25M"):
@@ -58,6 +51,11 @@ def run(mode: str, *, repeats: int, device: str) -> Iterator[Comparison]:
                 path, folder / f"of{size}", "single", {"run": {"device": device}}
             )
         yield _fitted("parameters", sizes, repeats, device)
+
+
+def of_voters(k: int) -> dict[str, Any]:
+    """Settings that make ``k`` voters, at least two, of the pair."""
+    return {"team": {"k": k, "prompts": {f"voter{i + 1}": "T{problem}:" for i in range(k)}}}
 
 
 def _fitted(axis: str, steps: dict[int, OurStep], repeats: int, device: str) -> Comparison:
