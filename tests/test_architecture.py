@@ -23,6 +23,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "types": (set(), TORCH),
     "errors": (set(), set()),
     "imports": ({"errors"}, set()),
+    "signals": (set(), set()),
     "families": (set(), TORCH),
     "rectangle": (set(), TORCH),
     "comm": ({"errors"}, TORCH),
