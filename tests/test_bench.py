@@ -215,13 +215,13 @@ def test_a_choice_is_measured_with_it_and_without_it(monkeypatch):
     """What is switched off is off on that side, and nowhere else."""
     own, real = [], forward.hidden_states
     monkeypatch.setattr(forward, "hidden_states", lambda *given: own.append(1) or real(*given))
-    found = {c.name.split(", ")[1]: c for c in choices.run("quick", repeats=1, device="cpu")}
+    found = {c.name.split(", ")[1]: c for c in choices.run("quick", repeats=1)}
     assert all(c.seconds["with"] and c.seconds["without"] for c in found.values())
     assert found["prompts run once"].extra["predicted"] == pytest.approx(
         (32 * (64 + 32)) / (4 * 64 + 32 * 32), rel=0.05
     )
     del own[:]
-    bench = choices._Bench(1, "cpu")
+    bench = choices._Bench(1)
     bench.no_padding("1M")
     assert len(own) == 3, "two turns of warming up and one that counts; the other side goes through transformers"
     with choices._unpacked("ccpo.engines.weights"):

@@ -27,18 +27,19 @@ DECODE = {"full": ("1M", "5M", "25M", "100M"), "quick": ("1M",)}
 UPDATE = {"full": ("1M", "5M", "25M"), "quick": ("1M",)}
 WITH, WITHOUT = "with", "without"
 FAILURES = Path("failure")
+CPU = torch.device("cpu")
 
 
-def run(mode: str, *, repeats: int, device: str) -> Iterator[Comparison]:
-    bench = _Bench(repeats, device)
+def run(mode: str, *, repeats: int) -> Iterator[Comparison]:
+    """On a CPU: on a GPU there is neither packing nor a shared cache."""
+    bench = _Bench(repeats)
     for size in DECODE[mode]:
         new = 32 if size == "100M" else 64
         yield bench.low_precision(size, new)
-        if compute_dtype(torch.device(device)) == torch.bfloat16 and device == "cpu":
+        if bench.compute == torch.bfloat16:
             yield bench.packed(size, new)
         yield bench.finished_rows(size, new)
-        if device == "cpu":
-            yield bench.shared_cache(size)
+        yield bench.shared_cache(size)
     for size in UPDATE[mode]:
         yield bench.prompts_once(size)
         yield bench.no_padding(size)
@@ -49,12 +50,11 @@ def run(mode: str, *, repeats: int, device: str) -> Iterator[Comparison]:
 class _Bench:
     """``predicted`` is counted in tokens, columns or passes, or measured on the products alone; never fitted."""
 
-    def __init__(self, repeats: int, device: str) -> None:
-        self.repeats, self.device = repeats, device
-        self.compute = compute_dtype(torch.device(device))
+    def __init__(self, repeats: int) -> None:
+        self.repeats, self.compute = repeats, compute_dtype(CPU)
 
     def low_precision(self, size: str, new: int, rows: int = 64) -> Comparison:
-        model = make_model(size, device=self.device)
+        model = make_model(size)
         asked = requests(random_prompts(rows, 32), new)
         ours, base = (make_engine(model, tokenizer(), dtype=t) for t in (self.compute, torch.float32))
         limits = [forward_limit(model, rows, t) for t in (self.compute, torch.float32)]
@@ -66,7 +66,7 @@ class _Bench:
         )
 
     def packed(self, size: str, new: int, rows: int = 64) -> Comparison:
-        model = make_model(size, device=self.device)
+        model = make_model(size)
         asked = requests(random_prompts(rows, 32), new)
         ours, limit = make_engine(model, tokenizer()), forward_limit(model, rows, torch.bfloat16)
         with _unpacked("ccpo.engines.weights"), _unpacked("ccpo.bench.limits"):
@@ -80,7 +80,7 @@ class _Bench:
 
     def finished_rows(self, size: str, new: int, rows: int = 64) -> Comparison:
         """Without: a decoder whose rows stay until the last one is done."""
-        engine, rng = make_engine(make_model(size, device=self.device), tokenizer()), random.Random(0)
+        engine, rng = make_engine(make_model(size), tokenizer()), random.Random(0)
         whole = requests(random_prompts(rows, 32), new)
         early = [replace(r, max_tokens=rng.randint(new // 8, new)) for r in whole]
         early[0] = whole[0]
@@ -117,7 +117,7 @@ class _Bench:
         apart = [
             replace(row, prompt_ids=ids) for row, ids in zip(rows, random_prompts(len(rows), 64, seed=1), strict=True)
         ]
-        once, each = (len(Layout.of(r, torch.device(self.device)).ids_M) for r in (rows, apart))
+        once, each = (len(Layout.of(r, CPU).ids_M) for r in (rows, apart))
         step = self._step(size)
         return self._compare(
             f"{size}, prompts run once, 64 + 8 x 32",
@@ -135,7 +135,7 @@ class _Bench:
             f"{size}, no padding, own forward pass",
             lambda: ours(rows),
             lambda: base(rows, patch("ccpo.learner.forward.runs", return_value=False)),
-            padded / len(Layout.of(rows, torch.device(self.device)).ids_M),
+            padded / len(Layout.of(rows, CPU).ids_M),
         )
 
     def engine_logprobs(self, size: str) -> Comparison:
@@ -158,9 +158,8 @@ class _Bench:
         return self._compare(f"{size}, rows paid nothing do not run", lambda: step(half), lambda: step(rows), 2.0)
 
     def _step(self, size: str, **options: Any) -> Callable[..., None]:
-        model = make_model(size, device=self.device)
-        if self.device == "cpu":
-            model.set_attn_implementation("eager")  # SDPA's bfloat16 backward pass is slow there
+        model = make_model(size)
+        model.set_attn_implementation("eager")  # SDPA's bfloat16 backward pass is slow there
         learner = learner_of(model, self.compute, **options)
 
         def step(rows: list[TrainRow], within: AbstractContextManager[Any] | None = None) -> None:
@@ -170,11 +169,11 @@ class _Bench:
         return step
 
     def _ratio(self, ours: Callable[[], None], base: Callable[[], None]) -> float:
-        best = {k: min(v) for k, v in in_turns({WITH: ours, WITHOUT: base}, repeats=9, device=self.device).items()}
+        best = {k: min(v) for k, v in in_turns({WITH: ours, WITHOUT: base}, repeats=9).items()}
         return best[WITHOUT] / best[WITH]
 
     def _compare(self, name: str, ours: Callable[[], Any], base: Callable[[], Any], predicted: float) -> Comparison:
-        seconds = in_turns({WITH: ours, WITHOUT: base}, repeats=self.repeats, warmup=2, device=self.device)
+        seconds = in_turns({WITH: ours, WITHOUT: base}, repeats=self.repeats, warmup=2)
         return Comparison(
             part="choices",
             name=name,

@@ -97,7 +97,7 @@ def _run(part: str, mode: str, repeats: int, device: str, notes: list[str]) -> I
     if part == "step":
         return step.run(mode, repeats=repeats, device=device, note=notes.append)
     if part == "choices":
-        return choices.run(mode, repeats=repeats, device=device)
+        return choices.run(mode, repeats=repeats)
     if part == "counterfactuals":
         return counterfactuals.run(mode, repeats=repeats, device=device)
     if part == "credit":

@@ -91,13 +91,19 @@ class Cache:
         """Writes a token of each row (``[B, kv_heads, head_dim]``) into the next column; what its scaled query ``[B, heads, head_dim]``
         finds in all columns up to there: ``[B, heads * head_dim]``."""
         self.put(layer, key, value)
-        keys, values, rows, used = self.keys[layer], self.values[layer], len(query), self.filled + 1
+        return self.look(layer, query[:, :, None], self.filled + 1)[0].view(len(query), -1)
+
+    def look(self, layer: int, query: Tensor, used: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What scaled queries ``[rows, heads, n, head_dim]`` find in the first ``used`` columns, with their scores and weights:
+        ``[rows * kv_heads, heads / kv_heads * n, head_dim]`` and twice ``[..., used]``."""
+        keys, values = self.keys[layer], self.values[layer]
         # The query heads of one key head are rows of one matrix: grouped heads need no copies of their keys.
-        query = query.reshape(rows * key.shape[1], -1, key.shape[2])
+        query = query.reshape(keys.shape[0] * keys.shape[1], -1, query.shape[3])
         scores = torch.bmm(query, keys[..., :used].flatten(0, 1))
         if self.mask is not None:
             scores += self.mask[..., :used]
-        return torch.bmm(scores.softmax(-1), values[:, :, :used].flatten(0, 1)).view(rows, -1)
+        weights = scores.softmax(-1)
+        return torch.bmm(weights, values[:, :, :used].flatten(0, 1)), scores, weights
 
     def move_on(self) -> None:
         """The column that was written becomes one of those in use."""

@@ -85,15 +85,8 @@ class SharedCache:
 
 
 def _look(cache: Cache, layer: int, query: Tensor, used: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What queries ``[rows, heads, n, head_dim]`` find in the first columns; the largest score of each, and the weight that it was given.
-    Those of the heads of one key head are rows of one matrix."""
-    keys, values = cache.keys[layer], cache.values[layer]
-    query = query.reshape(keys.shape[0] * keys.shape[1], -1, query.shape[3])
-    scores = torch.bmm(query, keys[..., :used].flatten(0, 1))
-    if cache.mask is not None:
-        scores += cache.mask[..., :used]
-    weights = scores.softmax(-1)
-    found = torch.bmm(weights, values[:, :, :used].flatten(0, 1))
+    """As `Cache.look`, with each query's largest score and weight in the place of all."""
+    found, scores, weights = cache.look(layer, query, used)
     return found, scores.amax(-1, keepdim=True), weights.amax(-1, keepdim=True)
 
 
