@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ccpo.credit.allocation import best_branch, precision, probe_branch, tree_cost
+from ccpo.credit.allocation import best_branch, efficiency, precision, probe_branch, tree_cost
 from ccpo.credit.nested import (
     baseline_errors,
     components,
@@ -128,8 +128,24 @@ def test_the_cost_of_a_tree_by_hand():
 
 
 def test_cheap_noisy_answers_are_repeated_and_dear_sure_ones_are_not():
-    assert best_branch((1.0, 1.0), (20, 2), 8 * 22)[1] >= 3
-    assert best_branch((1.0, 0.01), (1, 20), 8 * 21)[1] < best_branch((1.0, 1.0), (20, 2), 8 * 22)[1]
+    assert best_branch((0.1, 0.1), (20, 2), 8) == (4, 2)
+    assert best_branch((0.01, 0.1), (20, 2), 8) == (2, 4)
+    assert best_branch((0.01, 0.1), (1, 20), 8) == (8, 1)
+
+
+def test_sure_answers_have_siblings_all_the_same_as_a_baseline():
+    assert best_branch((1.0, 0.01), (1, 20), 8) == (4, 2)
+
+
+def test_a_last_text_that_decides_most_is_played_twice_and_its_messages_are_shared():
+    assert best_branch((0.01, 0.01, 0.1), (4, 4, 4), 8) == (4, 1, 2)
+
+
+def test_efficiency_is_precision_for_a_token():
+    plain, tree = (8, 1), (4, 2)
+    gained = efficiency(tree, (0.1, 0.05), (10, 2)) - efficiency(plain, (0.1, 0.05), (10, 2))
+    told = (precision(tree, (0.1, 0.05)) - precision(plain, (0.1, 0.05))) / 2
+    assert gained == pytest.approx(told + math.log((8 * 12) / (4 * 10 + 8 * 2)))
 
 
 @settings(max_examples=60)
@@ -138,25 +154,24 @@ def test_cheap_noisy_answers_are_repeated_and_dear_sure_ones_are_not():
     st.data(),
     st.integers(2, 12),
 )
-def test_the_best_layout_is_affordable_and_none_is_better(variances: list[float], data: st.DataObject, rollouts: int):
+def test_the_best_layout_has_no_more_plays_and_none_is_better(variances: list[float], data: st.DataObject, plays: int):
     costs = data.draw(st.lists(st.floats(1, 50), min_size=len(variances), max_size=len(variances)))
-    budget = rollouts * sum(costs)
-    best = best_branch(variances, costs, budget)
+    best = best_branch(variances, costs, plays)
     assert best[0] >= 2
-    assert tree_cost(best, costs) <= budget + 1e-6
+    assert math.prod(best) <= plays
     for lower in itertools.product(range(1, 5), repeat=len(costs) - 1):
-        first = int(budget / tree_cost((1, *lower), costs) + 1e-9)
+        first = plays // math.prod(lower)
         if first >= 2:
-            assert precision((first, *lower), variances) <= precision(best, variances) + 1e-9
+            assert efficiency((first, *lower), variances, costs) <= efficiency(best, variances, costs) + 1e-9
 
 
-def test_a_budget_below_two_rollouts_and_unequal_levels_are_refused():
-    with pytest.raises(ValueError, match="less than two rollouts"):
-        best_branch((1.0, 1.0), (5, 5), 15)
+def test_fewer_than_two_plays_and_unequal_levels_are_refused():
+    with pytest.raises(ValueError, match="at least two plays"):
+        best_branch((1.0, 1.0), (5, 5), 1)
     with pytest.raises(ValueError, match="one cost a level"):
-        best_branch((1.0,), (5, 5), 100)
+        best_branch((1.0,), (5, 5), 8)
 
 
 def test_a_probe_tells_every_level_apart():
-    assert probe_branch((20, 2), 8 * 22) == (7, 2)
-    assert min(probe_branch((8, 8, 8), 4 * 24)) == 2
+    assert probe_branch(2, 8) == (4, 2)
+    assert probe_branch(3, 4) == (2, 2, 2)

@@ -15,7 +15,7 @@ DECAY = 0.8  # of the moving variances, by probe
 
 
 class Planner:
-    """``rollout.branch: auto``: a tree for the tokens that ``samples`` plain rollouts would cost.
+    """``rollout.branch: auto``: a tree of ``samples`` plays, which share texts where that teaches more for the tokens.
 
     Only a tree with two texts at every level can tell the levels' variances apart, so the first step and every twentieth
     after it is such a probe; in between the best layout for what is known is used. The state is plain JSON and part of the
@@ -31,12 +31,10 @@ class Planner:
         levels = len(self.team.levels)
         if levels == 1:
             return (self.samples,)
-        costs = self.state.get("costs", [1.0] * levels)
-        budget = self.samples * sum(costs)
-        variances = self.state.get("variances")
-        if variances is None or step % PROBE_EVERY == 0:
-            return probe_branch(costs, budget)
-        return best_branch(variances, costs, budget)
+        variances, costs = self.state.get("variances"), self.state.get("costs")
+        if variances is None or costs is None or step % PROBE_EVERY == 0:
+            return probe_branch(levels, self.samples)
+        return best_branch(variances, costs, self.samples)
 
     def learn(self, played: Played, branch: Sequence[int]) -> None:
         """Take in what a step has shown."""

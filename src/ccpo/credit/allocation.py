@@ -1,9 +1,9 @@
-"""How many continuations a text is worth: the tree of rollouts that tells most for its tokens (METHODS of nested sampling).
+"""How many continuations a text is worth: the tree of rollouts that teaches most for its tokens (METHODS of nested sampling).
 
 For two levels the textbook answer to "how many answers a thought" is ``sqrt((c1/c2) (s_w^2/s_b^2))`` with the costs of a thought and an
 answer and the variances within and between thoughts (Cochran, *Sampling Techniques*, 1977, section 10.6). It minimises the
-variance of one mean. Here every agent is trained from the same tree, so all of them are asked: a layout is scored by the sum over levels of
-the logarithm of that level's precision, and the few layouts there are are tried out.
+variance of one mean. Here every agent is trained from the same tree, so all of them are asked, and a tree that shares texts costs fewer tokens, which
+are left for more steps. A layout is scored by what it teaches for a token, and the few layouts there are are tried out.
 """
 
 from __future__ import annotations
@@ -55,25 +55,31 @@ def _baseline_error(place: TreePlace, within: float, between: float) -> float:
     return sum(weights[name] ** 2 * error for name, error in errors.items())
 
 
-def best_branch(variances: Sequence[float], costs: Sequence[float], budget: float, most: int = MOST) -> tuple[int, ...]:
-    """The layout of greatest :func:`precision` among those that cost at most ``budget`` tokens, with 1 to ``most`` texts in each
-    context below the first level and as many at the first as the rest of the budget allows, at least two.
+def efficiency(branch: Sequence[int], variances: Sequence[float], costs: Sequence[float]) -> float:
+    """The logarithm of what a tree tells for a token: ``log(precision / cost)``, on average over levels. Higher is better.
 
-    Raises ValueError where variances and costs are not one a level, or not even two plain rollouts fit.
+    It is how estimators are compared in Monte Carlo, one over variance times labour (Hammersley and Handscomb, *Monte Carlo
+    Methods*, 1964, section 5.1): where most of a gradient is noise, half the tokens a step and twice the steps are worth the same.
+    """
+    return precision(branch, variances) / len(branch) - math.log(tree_cost(branch, costs))
+
+
+def best_branch(variances: Sequence[float], costs: Sequence[float], plays: int, most: int = MOST) -> tuple[int, ...]:
+    """The layout of greatest :func:`efficiency` among those of at most ``plays`` plays, with 1 to ``most`` texts in each context below the
+    first level and as many at the first as the plays allow, at least two.
+
+    Raises ValueError where variances and costs are not one a level, or there are fewer than two plays.
     """
     if len(variances) != len(costs) or not costs or min(costs) < 0 or max(costs) <= 0:
         raise ValueError(f"one variance and one cost a level, costs not negative; got {variances} and {costs}")
-    candidates = []
-    for lower in itertools.product(range(1, most + 1), repeat=len(costs) - 1):
-        first = int(budget / tree_cost((1, *lower), costs) + 1e-9)
-        if first >= 2:
-            candidates.append((first, *lower))
-    if not candidates:
-        raise ValueError(f"a budget of {budget:g} tokens is less than two rollouts of {sum(costs):g}")
-    return max(candidates, key=lambda branch: precision(branch, variances))
+    if plays < 2:
+        raise ValueError(f"a tree has at least two plays, got {plays}")
+    lowers = itertools.product(range(1, most + 1), repeat=len(costs) - 1)
+    candidates = [(plays // math.prod(lower), *lower) for lower in lowers if plays // math.prod(lower) >= 2]
+    return max(candidates, key=lambda branch: efficiency(branch, variances, costs))
 
 
-def probe_branch(costs: Sequence[float], budget: float) -> tuple[int, ...]:
-    """The layout that tells every level's variance apart: two texts in each context, as many first ones as fit (at least two)."""
-    lower = (2,) * (len(costs) - 1)
-    return (max(2, int(budget / tree_cost((1, *lower), costs) + 1e-9)), *lower)
+def probe_branch(levels: int, plays: int) -> tuple[int, ...]:
+    """The layout that tells every level's variance apart: two texts in each context, as many first ones as the plays allow (at least two)."""
+    lower = (2,) * (levels - 1)
+    return (max(2, plays // math.prod(lower)), *lower)
