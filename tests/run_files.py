@@ -15,8 +15,13 @@ GRAPH = {
     "agents": list(AGENTS),
     "decider": "solver",
     "turns": [
-        {"name": "thinker", "agent": "thinker", "reads": []},
-        {"name": "solver", "agent": "solver", "reads": ["thinker"]},
+        {"name": "thinker", "agent": "thinker", "prompt": "Think about: {problem}", "reads": []},
+        {
+            "name": "solver",
+            "agent": "solver",
+            "prompt": "{problem}[[\nThought: {thinker}]]",
+            "reads": ["thinker"],
+        },
     ],
     "decision": "last_turn",
     "reads": ["solver"],

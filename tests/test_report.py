@@ -281,6 +281,35 @@ def test_alarms_are_shown_and_one_that_breaks_is_said(run: Path, monkeypatch: py
     assert "The alarms could not be computed (KeyError)." in document["notes"]
 
 
+def test_alarms_are_computed_of_the_runs_that_these_tests_read(run: Path):
+    document = RunReader(run).read()[0]
+    assert document["notes"] == []
+    assert document["warnings"] == []
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "metrics.jsonl", "evaluations.jsonl"])
+@pytest.mark.parametrize("what", ["pipe", "device"])
+def test_a_file_without_end_does_not_keep_the_report(tmp_path: Path, name: str, what: str):
+    path = write_run(tmp_path / "run", steps=2) / name
+    path.unlink()
+    if what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    document = RunReader(tmp_path / "run").read()[0]
+    assert document["warnings"] == []
+    assert any(note.startswith(f"The alarms are not computed, because {name}") for note in document["notes"])
+
+
+def test_why_there_are_no_alarms_is_said(tmp_path: Path):
+    run = write_run(tmp_path / "run", steps=2)
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 3, "\xff": 1}\n')
+    said = " ".join(RunReader(run).read()[0]["notes"])
+    assert "metrics.jsonl: 1 line is damaged" in said
+    assert "metrics.jsonl is damaged: it is no UTF-8" in said
+
+
 # ---- harm
 
 

@@ -517,5 +517,8 @@ def test_a_long_run_is_written_and_opened_and_filtered_in_time(browser: Any, tmp
     assert first < 1500
     assert spent < 1000
     assert "A sample: 10,000 of 25,600" in page.inner_text("#rollouts")
+    assert "solver" in page.inner_text("#warnings .warning.warn h4 >> nth=0")  # a third of its turns is cut off
+    assert "Try:" in page.inner_text("#warnings")
+    assert violations(page) == []
     assert heard.errors == []
     page.close()

@@ -94,11 +94,15 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def read_lines(self, path: Path) -> list[dict[str, Any]]:
-        """The records of a log; a last line cut off by a kill is left out."""
+        """The records of a log; a last line cut off by a kill is left out. Raises UserError where it is no UTF-8."""
         if not path.exists():
             return []
         records = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is damaged: it is no UTF-8 ({error})") from None
+        for line in lines:
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:

@@ -14,6 +14,9 @@ from ccpo.rollout import read_episodes
 from ccpo.runfolder import RunFolder, read_json
 from ccpo.types import Group
 
+MAX_EPISODES = 512 * 2**20
+"""Characters of a step's episodes, all of which are held at once; longer ones are refused."""
+
 
 def find_alarms(folder: RunFolder | Path | str) -> list[dict[str, Any]]:
     """The alarms that hold at the end of what a run has written so far, warnings first.
@@ -51,7 +54,7 @@ def _episodes(file: Path) -> tuple[Sequence[Group], PerAgent, PerAgent]:
     """Groups, credit and advantages of a step; nothing where its file is not there."""
     if not file.is_file():
         return (), {}, {}
-    read = list(read_episodes(file))
+    read = list(read_episodes(file, most=MAX_EPISODES))
     paid = [record["rollouts"] for _, record in read]
     return [group for group, _ in read], _paid("credit", paid), _paid("advantage", paid)
 

@@ -5,7 +5,6 @@ The schema is that of ``docs/episodes.md``. A problem line that does not follow 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ MAX_TURNS = 64
 MAX_ROLLOUTS = 4096  # of one problem and step
 PROMPTS = 2  # problems of a step whose prompts are kept
 HEAD, TAIL = 12_000, 4_000  # characters kept of a longer text
-_TOKENS = re.compile(rb'(?<!\\)"(prompt_ids|token_ids|logprobs)": \[([^"\[\]{}]*)\]')
+_TOKENS = (b'"prompt_ids": [', b'"token_ids": [', b'"logprobs": [')
+_NO_NUMBERS = (b'"', b"[", b"{", b"}")
 
 Text = str | tuple[str, int, str]
 """A text, or its beginning, the number of characters left out, and its end."""
@@ -86,7 +86,7 @@ def read_groups(path: Path, step: int, notes: Notes) -> Iterator[Group]:
         return
     place, bad = 0, 0
     for line in found:
-        group = _group(_mapping_of(_TOKENS.sub(_counted, line)), step, place)
+        group = _group(_mapping_of(_counted(line)), step, place)
         place += 1
         if group is None:
             bad += 1
@@ -99,10 +99,21 @@ def read_groups(path: Path, step: int, notes: Notes) -> Iterator[Group]:
         notes.add(f"{path.name}: {missing} of its problems are missing.")
 
 
-def _counted(match: re.Match[bytes]) -> bytes:
-    """A list of tokens becomes their number. Quotes inside a text are escaped, so that a name after a bare quote is a key."""
-    count = match[2].count(b",") + 1 if match[2].strip() else 0
-    return b'"%s": %d' % (match[1], count)
+def _counted(line: bytes) -> bytes:
+    """A line whose lists of tokens have become their numbers. Quotes inside a text are escaped, so that a name after a bare quote is a key."""
+    for key in _TOKENS:
+        first, *others = line.split(key)
+        found, before = [first], first
+        for part in others:
+            tokens, bracket, after = part.partition(b"]")
+            if bracket and not before.endswith(b"\\") and not any(sign in tokens for sign in _NO_NUMBERS):
+                count = tokens.count(b",") + 1 if tokens.strip() else 0
+                found += (b"%s%d" % (key[:-1], count), after)
+            else:
+                found += (key, part)
+            before = part
+        line = b"".join(found)
+    return line
 
 
 def _mapping_of(line: bytes) -> dict[str, Any]:

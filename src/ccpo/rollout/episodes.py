@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ccpo.errors import UserError
 from ccpo.types import Completion, Counterfactual, FinishReason, Group, Problem, Rating, Rollout, Turn
@@ -79,17 +79,18 @@ def write_episodes(
     os.replace(temporary, path)
 
 
-def read_episodes(path: Path) -> Iterator[tuple[Group, dict[str, Any]]]:
-    """The groups of one file, each with the raw record it came from. Raises UserError on another schema, and on a file
-    that is damaged, with the line."""
+def read_episodes(path: Path, *, most: int | None = None) -> Iterator[tuple[Group, dict[str, Any]]]:
+    """The groups of one file, each with the raw record it came from. Raises UserError on another schema, on a file that is
+    damaged, with the line, and on one of more than ``most`` characters after decompression, before it reads on."""
     number = 1
     try:
         with gzip.open(path, "rt", encoding="utf-8") as file:
-            header = json.loads(file.readline() or "{}")
+            lines = _lines(file, path, most)
+            header = json.loads(next(lines, "{}"))
             schema = header.get("schema") if isinstance(header, dict) else None
             if schema != SCHEMA:
                 raise UserError(f"{path}: schema {schema!r}; this version reads {SCHEMA!r}")
-            for line in file:
+            for line in lines:
                 number += 1
                 record = json.loads(line)
                 yield _read_group(record), record
@@ -103,6 +104,17 @@ def read_episodes(path: Path) -> Iterator[tuple[Group, dict[str, Any]]]:
         raise UserError(
             f"{path}, line {number}: not an episode file, or damaged ({type(error).__name__}: {error})"
         ) from None
+
+
+def _lines(file: TextIO, path: Path, most: int | None) -> Iterator[str]:
+    if most is None:
+        yield from file
+        return
+    while line := file.readline(most + 1):
+        most -= len(line)
+        if most < 0:
+            raise UserError(f"{path} is too long to be held in memory")
+        yield line
 
 
 def _read_group(record: Mapping[str, Any]) -> Group:
