@@ -64,6 +64,25 @@ def test_auto_mixes_siblings_and_group_by_hand():
     assert json.loads(json.dumps(state)) == state
 
 
+def test_plays_without_the_agent_are_one_more_baseline():
+    """Nothing seen yet: the siblings err by 1, the plays without the agent by 1, and there is no other context."""
+    reward_PN = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    inputs = pair(reward_PN, without={("thinker",): torch.tensor([[[1.0, 0.0, 0.0, 0.0]]])})
+    outputs, state = AutoCredit(scale="none", pairing="mean")(inputs, {})
+    assert outputs.turn_credit["thinker"][0].tolist() == [1 - (0.5 + 0.25) / 2] * 2 + [0.5 - (1 + 0.25) / 2] * 2
+    assert state["thinker"] == pytest.approx({"within": 0.125, "without": (0.75 - 0.25) ** 2 - 0.125 / 2})
+    assert outputs.metrics["credit/thinker/thinker_without_weight"] == pytest.approx(0.5)
+    assert torch.equal(outputs.turn_credit["solver"], AutoCredit(scale="none")(inputs, {})[0].turn_credit["solver"])
+
+
+def test_auto_asks_for_plays_without_an_agent_only_where_it_is_told_to():
+    agents = ("thinker", "solver")
+    assert AutoCredit().needs(agents, "solver", agents) == frozenset()
+    assert AutoCredit(pairing="cached").needs(agents, "solver", agents) == frozenset({("thinker",)})
+    with pytest.raises(UserError, match=r"credit\.pairing"):
+        AutoCredit(pairing="paired")
+
+
 def test_auto_on_plain_rollouts_is_leave_one_out():
     reward_PN = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
     plain = CreditInputs(agents=("a",), decider="a", active=("a",), reward_PN=reward_PN)
@@ -168,7 +187,7 @@ def tree_game(rule: object, *, state: dict) -> dict[str, Tensor]:
             [[worth[a, b].item() for a, both in zip(thoughts, answers, strict=True) for b in both]],
             dtype=torch.float64,
         )
-        outputs, _ = rule(pair(reward_PN), state)  # type: ignore[operator]
+        outputs, _ = rule(pair(reward_PN, without=WITHOUT), state)  # type: ignore[operator]
         think_N = outputs.turn_credit.get("thinker", outputs.credit["thinker"])[0]
         solve_N = outputs.turn_credit.get("solver", outputs.credit["solver"])[0]
         for i, a in enumerate(thoughts):
@@ -178,7 +197,14 @@ def tree_game(rule: object, *, state: dict) -> dict[str, Tensor]:
     return total
 
 
-@pytest.mark.parametrize("rule", [ReplayCredit(), AutoCredit(scale="none")], ids=["replay", "auto"])
+WITHOUT = {("thinker",): torch.tensor([[[0.25, 0.5]]], dtype=torch.float64)}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [ReplayCredit(), AutoCredit(scale="none"), AutoCredit(scale="none", pairing="mean")],
+    ids=["replay", "auto", "auto with plays without the agent"],
+)
 def test_trees_do_not_bend_the_gradient(rule: object):
     state = {} if isinstance(rule, ReplayCredit) else {"solver": {"within": 0.2, "between": 0.1}}
     found, shared = tree_game(rule, state=state), tree_game(SharedReward(), state={})

@@ -359,7 +359,7 @@ def test_every_metric_of_a_run_is_documented(run: Path):
     elsewhere |= {f"rating/{name}" for name in ("valid", "agreement", "asked", "mean_length", "clipped_ratio")}
     elsewhere |= {"seconds/rate"} | {f"credit/AGENT/{name}" for name in ("rating_valid", "rated_share", "self_praise")}
     # of auto, its planner, and process rewards
-    elsewhere |= {f"credit/AGENT/TURN_{name}_weight" for name in ("siblings", "group", "removal")}
+    elsewhere |= {f"credit/AGENT/TURN_{name}_weight" for name in ("siblings", "group", "removal", "without")}
     elsewhere |= {"alarm/NAME"}  # no alarm in two steps
     elsewhere |= {"credit/AGENT/process", "layout/levelL_texts", "layout/levelL_variance"}
     elsewhere |= {"seconds/communication"}  # of several processes

@@ -155,3 +155,11 @@ def test_the_metrics_of_trees_votes_and_process_rewards_are_documented(tmp_path)
     named = {name.replace("level0", "levelL").replace("level1", "levelL") for name in named}
     assert {"credit/AGENT/TURN_removal_weight", "layout/levelL_variance", "credit/AGENT/process"} <= named
     assert {name for name in named if f"`{name}`" not in text} == set()
+
+
+def test_auto_with_cached_plays_without_the_thinker(tmp_path):
+    ccpo.train(recipe(tmp_path / "run", credit={"kind": "auto", "pairing": "cached"}))
+    lines = metrics(tmp_path / "run")
+    assert all(line["tokens/counterfactual"] > 0 for line in lines)
+    assert all(0 <= line["credit/thinker/thinker_without_weight"] <= 1 for line in lines)
+    assert not any("credit/solver/solver_without_weight" in line for line in lines)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ccpo.bench.limits import forward_limit
+from ccpo.bench.limits import decoding_limit
 from ccpo.bench.shapes import make_model, tokenizer
 from ccpo.bench.timing import Comparison, in_turns
 from ccpo.engines import make_engine
@@ -119,12 +119,10 @@ def compare(
     prompts = random_prompts(rows, prompt, ragged=ragged)
     engine = make_engine(model, tokenizer())
     label, theirs = best_generate(model, prompts, new, device)
-    limit = forward_limit(model, rows, engine.dtype)
     sides = {
         "ccpo": lambda: engine.generate(requests(prompts, new)),
         "generate": lambda: theirs(prompts, new),
-        # the prompts' products are left out: what is left is less than any decoder must do
-        "products alone": lambda: [limit() for _ in range(new)],
+        "products alone": decoding_limit(model, [len(p) for p in prompts], new, engine.dtype),
     }
     seconds = in_turns(sides, repeats=repeats, device=device)
     best = {side: min(values) for side, values in seconds.items()}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ccpo.engines.native import PREFILL_TOKENS
 from ccpo.engines.products import Product, products
+
+PER_LAYER = 5  # the matrices of the last layer, and the head
 
 
 def matrices(model: Any, dtype: torch.dtype) -> list[Tensor]:
@@ -38,6 +41,35 @@ def forward_limit(model: Any, rows: int, dtype: torch.dtype) -> Callable[[], Non
                 product(inputs[product.shape[1]])
 
     return run
+
+
+def decoding_limit(model: Any, sizes: Sequence[int], new: int, dtype: torch.dtype) -> Callable[[], None]:
+    """The products that decoding cannot do without: all prompt tokens (``sizes`` of each row) through the matrices, of the last layer only
+    through those of its keys and values, and of the head at each row's last; then ``new - 1`` passes of a token a row."""
+    every, rows = [_product(w) for w in matrices(model, dtype)], len(sizes)
+    device = next(model.parameters()).device
+    body, head = every[:-PER_LAYER], every[-1]
+    keys_values = _product(_keys_values(model, dtype))
+    step = forward_limit(model, rows, dtype)
+    parts = [min(PREFILL_TOKENS, sum(sizes) - start) for start in range(0, sum(sizes), PREFILL_TOKENS)]
+    widths = {p.shape[1] for p in every}
+    inputs = {(n, w): torch.randn(n, w, device=device).to(dtype) for n in {*parts, rows} for w in widths}
+
+    def run() -> None:
+        with torch.inference_mode():
+            for count in parts:
+                for product in (*body, keys_values):
+                    product(inputs[count, product.shape[1]])
+            head(inputs[rows, head.shape[1]])
+        for _ in range(new - 1):
+            step()
+
+    return run
+
+
+def _keys_values(model: Any, dtype: torch.dtype) -> Tensor:
+    attention = model.model.layers[-1].self_attn
+    return torch.cat([m.weight.detach().to(dtype) for m in (attention.k_proj, attention.v_proj)])
 
 
 def _product(weight: Tensor) -> Product:

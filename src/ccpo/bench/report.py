@@ -31,8 +31,8 @@ PARTS = {
     "memory": "Peak memory",
 }
 WORDS = {
-    "decode": "Tokens a second. *Of limit*: the share of the time in which the machine does the model's matrix products for one token a row "
-    "and nothing else.",
+    "decode": "New tokens a second. *Of limit*: the share of the time in which the machine does the matrix products of the prompts and of the new "
+    "tokens, and nothing else.",
     "update": "Tokens a second through one optimiser step, gradients clipped. The other side is a plain loop: padded rows through transformers in "
     "bfloat16 autocast, attention eager on a CPU and SDPA on a GPU, fused AdamW.",
     "step": "Seconds of a step from prompts to refreshed weights; same model, rollouts, tokens and reward on both sides.",
