@@ -38,9 +38,7 @@ def ours(inputs: CreditInputs, group_B: Tensor) -> dict[str, Tensor]:
     """Removal credit, then GRPO's advantage, ``[P * N]`` an agent."""
     rule = RULES["removal"](pairing="paired")
     outputs, _ = rule(inputs, rule.start())
-    return {
-        agent: ESTIMATORS["grpo"](c.flatten(), group_B, torch.ones_like(group_B)) for agent, c in outputs.credit.items()
-    }
+    return {agent: ESTIMATORS["grpo"](c.flatten(), group_B) for agent, c in outputs.credit.items()}
 
 
 def loop(reward: Sequence[Sequence[float]], without: Sequence[Sequence[Sequence[float]]]) -> list[list[list[float]]]:

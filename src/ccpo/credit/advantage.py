@@ -4,7 +4,7 @@ Each estimator is a pure function ``(credit_B, group_B, tokens_B) -> advantage_B
 what each row was paid; rows with equal ``group_B`` (any integers) are siblings: the same agent on the same problem.
 ``tokens_B`` is the number of trained tokens of each row, needed by ``reinforce++`` alone. All are vectorised, O(B)
 for ids in [0, B), computed in 64 bits and returned in the credit's dtype. Those that compare siblings are a formula over
-:class:`Table`, which :func:`_by_group` applies to some groups at a time, as many as the processor's cache holds.
+:class:`Siblings`, which :func:`_by_group` applies to some groups at a time, as many as the processor's cache holds.
 
 A group that does not tell its members apart says nothing: its advantages are exactly 0. A singleton is such a group;
 ``raw_singletons=True`` keeps its credit as it is, which is what verl does.
@@ -42,9 +42,7 @@ def dr_grpo(
 
 def rloo(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False) -> Tensor:
     """``A = c - mean of the siblings = (c - mean_g) n/(n-1)`` (RLOO, arXiv 2402.14740). In units of credit."""
-    return _by_group(
-        lambda groups: groups.centred * (groups.count / groups.others), credit_B, group_B, raw_singletons
-    )
+    return _by_group(lambda groups: groups.centred * (groups.count / groups.others), credit_B, group_B, raw_singletons)
 
 
 def maxrl(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False) -> Tensor:
@@ -143,9 +141,7 @@ class Listed(Siblings):
         return values.new_zeros(self._n_groups).index_add_(0, self._index_B, values)[self._index_B]
 
 
-def _by_group(
-    formula: Callable[[Siblings], Tensor], credit_B: Tensor, group_B: Tensor, raw_singletons: bool
-) -> Tensor:
+def _by_group(formula: Callable[[Siblings], Tensor], credit_B: Tensor, group_B: Tensor, raw_singletons: bool) -> Tensor:
     """The advantages by a formula over groups. Groups of one size that stand one after the other, as a step has them, are a table's
     rows; all others are found by their ids."""
     _check(credit_B, group_B)
@@ -165,7 +161,8 @@ def _row_length(group_B: Tensor) -> int:
     """N where the ids are N times one, then N times another, and so on, each group's rows together; else 0."""
     if group_B.numel() == 0:
         return 0
-    G = 1 + sum(int((a != b).sum()) for a, b in zip(group_B[1:].split(ROWS), group_B[:-1].split(ROWS), strict=True))
+    neighbours = zip(group_B[1:].split(ROWS), group_B[:-1].split(ROWS), strict=True)
+    G = 1 + sum(int(torch.ne(a, b, out=torch.empty_like(a)).sum()) for a, b in neighbours)
     if group_B.numel() % G:
         return 0
     N = group_B.numel() // G
