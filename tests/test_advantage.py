@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ccpo.credit.advantage import ESTIMATORS
+from ccpo.credit.advantage import ESTIMATORS, ROWS
 
 torch.set_num_threads(1)
 GROUPED = ["grpo", "dr_grpo", "rloo"]
@@ -121,6 +121,33 @@ def test_renaming_groups_changes_nothing(name: str) -> None:
     credit_B, group_B = t(0, 1, 1, 0, 0.5), ids(0, 0, 1, 1, 1)
     renamed = ESTIMATORS[name](credit_B, group_B * 10**12 - 7)
     torch.testing.assert_close(ESTIMATORS[name](credit_B, group_B), renamed)
+
+
+@pytest.mark.parametrize("name", [*GROUPED, "maxrl"])
+@pytest.mark.parametrize("N", [1, 3, 8])
+def test_many_groups_are_worked_on_in_pieces_like_one_by_one(name: str, N: int) -> None:
+    """Groups at both sides of a piece's edge; the same rows in another order, found by their ids; and ids that look like a table
+    by their number of changes alone."""
+    P = 2 * ROWS // N + 3
+    credit_B = torch.rand(P * N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    group_B = torch.arange(P).repeat_interleave(N)
+    together = ESTIMATORS[name](credit_B, group_B, raw_singletons=True).view(P, N)
+    edge = ROWS // N
+    for group in (0, edge - 1, edge, P - 1):
+        alone = ESTIMATORS[name](credit_B.view(P, N)[group], torch.zeros(N, dtype=torch.long), raw_singletons=True)
+        torch.testing.assert_close(together[group], alone)
+    order = torch.randperm(P * N, generator=torch.Generator().manual_seed(1))
+    shuffled = ESTIMATORS[name](credit_B[order], group_B[order], raw_singletons=True)
+    torch.testing.assert_close(shuffled, together.flatten()[order])
+
+
+def test_uneven_groups_are_no_table() -> None:
+    for uneven in (ids(0, 1, 1, 1, 2, 2), ids(0, 0, 0, 1, 2, 2), ids(0, 0, 1, 1, 0, 0), ids(0, 0, 0, 0, 1, 2, 2, 2)):
+        credit_B = torch.arange(len(uneven), dtype=torch.float64)
+        found = ESTIMATORS["dr_grpo"](credit_B, uneven)
+        for group in uneven.unique():
+            members = credit_B[uneven == group]
+            torch.testing.assert_close(found[uneven == group], members - members.mean())
 
 
 @pytest.mark.parametrize("name", [*GROUPED, "reinforce++"])

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ccpo.teams import Ballot, Decided, Majority, Sampled, Weighted
-from ccpo.teams.votes import majority_BK, recount_without, tally
+from ccpo.teams.votes import CELLS, majority_BK, recount_without, tally, with_and_without
 
 torch.set_num_threads(1)
 KINDS = ("majority", "weighted", "sampled")
@@ -153,11 +153,34 @@ def test_many_rows_are_counted_in_pieces_like_one():
     """More rows than one piece holds; the recount too."""
     torch.manual_seed(1)
     answers, scores = torch.randint(-1, 4, (40_000, 3)), torch.rand(40_000, 3)
-    picked = torch.tensor([0, 32_767, 32_768, 39_999])
+    edge = CELLS // 3
+    picked = torch.tensor([0, edge - 1, edge, 39_999])
     torch.testing.assert_close(majority_BK(answers, scores)[picked], majority_BK(answers[picked], scores[picked]))
     torch.testing.assert_close(
         recount_without(answers, scores)[:, picked], recount_without(answers[picked], scores[picked])
     )
+
+
+def test_answers_are_told_apart_however_they_are_numbered():
+    """Numbers that float32 would round to one, and options that are more than the voters."""
+    answers, scores = torch.randint(-1, 3, (300, 4)), torch.rand(300, 4)
+    for first, apart in ((5, 1), (2**24, 1), (2**60, 1), (0, 2**40)):
+        renamed = torch.where(answers < 0, -7, first + apart * answers)
+        for count in (majority_BK, recount_without):
+            torch.testing.assert_close(count(renamed, scores), count(answers, scores))
+
+
+@pytest.mark.parametrize("kind", ["majority", "weighted"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_voter_who_changes_nothing_is_paid_exactly_nothing(kind, dtype):
+    """Rounding would be a spread within a group, and an estimator would divide by it."""
+    torch.manual_seed(2)
+    answers = torch.randint(-1, 3, (500, 9))
+    weights = torch.ones(500, 9) if kind == "weighted" else None
+    reward_B, without_KB = with_and_without(answers, (answers == 0).to(dtype), weights, kind)
+    credit_KB = reward_B - without_KB
+    assert (credit_KB == 0).any()
+    assert not ((credit_KB != 0) & (credit_KB.abs() < 1e-3)).any()
 
 
 def test_decisions_count_with_the_same_rule():

@@ -11,7 +11,7 @@ from torch import Tensor
 from ccpo.bench.timing import Comparison, in_turns
 from ccpo.credit import ESTIMATORS, RULES
 from ccpo.errors import RunFailure
-from ccpo.teams.votes import recount_without, tally
+from ccpo.teams.votes import with_and_without
 from ccpo.types import CreditInputs
 
 SAMPLES = 8
@@ -38,9 +38,7 @@ def ours(inputs: CreditInputs, group_B: Tensor) -> dict[str, Tensor]:
     """Removal credit, then GRPO's advantage, ``[P * N]`` an agent."""
     rule = RULES["removal"](pairing="paired")
     outputs, _ = rule(inputs, rule.start())
-    return {
-        agent: ESTIMATORS["grpo"](c.flatten(), group_B, torch.ones_like(group_B)) for agent, c in outputs.credit.items()
-    }
+    return {agent: ESTIMATORS["grpo"](c.flatten(), group_B) for agent, c in outputs.credit.items()}
 
 
 def loop(reward: Sequence[Sequence[float]], without: Sequence[Sequence[Sequence[float]]]) -> list[list[list[float]]]:
@@ -66,7 +64,8 @@ def ballots_of(rollouts: int, K: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def vote_credit(answer_BK: Tensor, score_BK: Tensor) -> Tensor:
     """``R - R_without`` of every voter, ``[K, B]``."""
-    return tally(answer_BK, score_BK).reward_B - recount_without(answer_BK, score_BK)
+    reward_B, without_KB = with_and_without(answer_BK, score_BK)
+    return torch.sub(reward_B, without_KB, out=without_KB)
 
 
 def vote_loop(answers: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -3,7 +3,8 @@
 Each estimator is a pure function ``(credit_B, group_B, tokens_B) -> advantage_B`` over flat rows. ``credit_B`` is
 what each row was paid; rows with equal ``group_B`` (any integers) are siblings: the same agent on the same problem.
 ``tokens_B`` is the number of trained tokens of each row, needed by ``reinforce++`` alone. All are vectorised, O(B)
-for ids in [0, B), computed in 64 bits and returned in the credit's dtype.
+for ids in [0, B), computed in 64 bits and returned in the credit's dtype. Those that compare siblings are a formula over
+:class:`Siblings`, which :func:`_by_group` applies to some groups at a time, as many as the processor's cache holds.
 
 A group that does not tell its members apart says nothing: its advantages are exactly 0. A singleton is such a group;
 ``raw_singletons=True`` keeps its credit as it is, which is what verl does.
@@ -16,32 +17,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+ROWS = 1 << 15  # rows worked on at a time: what is made of them stays in the processor's cache
+
 
 def grpo(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False) -> Tensor:
     """``A = (c - mean_g) / (std_g + 1e-6)``, the unbiased deviation (GRPO, arXiv 2402.03300). No unit.
 
     Raises ValueError for shapes that are not ``[B]``, or credit that is not floating point.
     """
-    groups = _Groups(credit_B, group_B)
-    centred_B = groups.credit_B - groups.mean_B
-    var_G = groups.sum(centred_B.square()) / (groups.count_G - 1).clamp(min=1)
-    return groups.finish(centred_B / (groups.rows(var_G.sqrt()) + 1e-6), raw_singletons)
+
+    def formula(groups: Siblings) -> Tensor:
+        var = groups.sum(groups.centred.square()) / groups.others
+        return groups.centred / (var.sqrt() + 1e-6)
+
+    return _by_group(formula, credit_B, group_B, raw_singletons)
 
 
 def dr_grpo(
     credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False
 ) -> Tensor:
     """``A = c - mean_g`` (Dr. GRPO, arXiv 2503.20783). In units of credit."""
-    groups = _Groups(credit_B, group_B)
-    return groups.finish(groups.credit_B - groups.mean_B, raw_singletons)
+    return _by_group(lambda groups: groups.centred, credit_B, group_B, raw_singletons)
 
 
 def rloo(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False) -> Tensor:
     """``A = c - mean of the siblings = (c - mean_g) n/(n-1)`` (RLOO, arXiv 2402.14740). In units of credit."""
-    groups = _Groups(credit_B, group_B)
-    siblings_G = (groups.count_G - 1).clamp(min=1)
-    factor_B = groups.rows(groups.count_G.double() / siblings_G)
-    return groups.finish((groups.credit_B - groups.mean_B) * factor_B, raw_singletons)
+    return _by_group(lambda groups: groups.centred * (groups.count / groups.others), credit_B, group_B, raw_singletons)
 
 
 def maxrl(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False) -> Tensor:
@@ -50,12 +51,12 @@ def maxrl(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, 
 
     Raises ValueError for negative credit, whose mean is no success rate.
     """
-    groups = _Groups(credit_B, group_B)
-    if groups.credit_B.numel() and groups.credit_B.amin() < 0:
+    _check(credit_B, group_B)
+    if credit_B.numel() and credit_B.amin() < 0:
         raise ValueError(
             "maxrl divides by the group's mean, which must be a success rate: its credit cannot be negative"
         )
-    return groups.finish((groups.credit_B - groups.mean_B) / groups.mean_B.clamp(min=1e-9), raw_singletons)
+    return _by_group(lambda groups: groups.centred / groups.mean.clamp(min=1e-9), credit_B, group_B, raw_singletons)
 
 
 def reinforce_pp(
@@ -98,56 +99,77 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
-class _Groups:
-    """Sums by group, of credit in 64 bits. Groups of one size that stand one after the other, as a step has them, are a table's rows; all
-    others are found by their ids."""
+class Siblings:
+    """Groups, their credit in 64 bits, and what a formula needs of them. ``centred``: each member's distance from its group's mean;
+    it is taken from the group's first member before anything is averaged, so that it is exactly 0 in a group without spread: rounding
+    of the mean would else be divided by 1e-6. ``count``, ``others`` (``count - 1``, at least 1) and ``mean`` are the group's."""
 
-    def __init__(self, credit_B: Tensor, group_B: Tensor) -> None:
-        _check(credit_B, group_B)
-        self.dtype = credit_B.dtype
-        self.credit_B = credit_B.detach().double()
-        self.size = _row_length(group_B)
-        if self.size:
-            self.count_G = torch.full((len(group_B) // self.size,), self.size, device=group_B.device)
-        else:
-            self._index_B, n_groups = _dense(group_B)
-            self.count_G = torch.bincount(self._index_B, minlength=n_groups)
-        self.mean_B = self.rows(self.sum(self.credit_B) / self.count_G.clamp(min=1))
+    def __init__(self, credit: Tensor, first: Tensor, count: Tensor) -> None:
+        self.count = count
+        self.others = (count - 1).clamp(min=1)
+        from_first = credit - first
+        shift = self.sum(from_first) / count
+        self.mean = first + shift
+        self.centred = from_first.sub_(shift)
 
-    def sum(self, values_B: Tensor) -> Tensor:
-        if self.size:
-            return values_B.view(-1, self.size).sum(1)
-        return values_B.new_zeros(len(self.count_G)).index_add_(0, self._index_B, values_B)
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over each group, in a shape that meets ``centred``."""
+        raise NotImplementedError
 
-    def rows(self, values_G: Tensor) -> Tensor:
-        """Each group's value at its rows, ``[B]``."""
-        return values_G.repeat_interleave(self.size) if self.size else values_G[self._index_B]
 
-    def finish(self, advantage_B: Tensor, raw_singletons: bool) -> Tensor:
-        """Exact zeros for groups without spread: rounding of the mean would else be divided by 1e-6."""
-        if self.size:
-            first_G = self.credit_B[:: self.size]
-        else:
-            first_G = self.credit_B.new_zeros(len(self.count_G))
-            first_G[self._index_B] = self.credit_B  # any one member of each group
-        differs_G = self.sum((self.credit_B != self.rows(first_G)).double())
-        advantage_B = torch.where(self.rows(differs_G > 0), advantage_B, 0.0)
-        if raw_singletons:
-            advantage_B = torch.where(self.rows(self.count_G == 1), self.credit_B, advantage_B)
-        return advantage_B.to(self.dtype)
+class Table(Siblings):
+    """Groups of one size, each a row of ``[G, N]``; what is the group's is ``[G, 1]``."""
+
+    def __init__(self, credit_GN: Tensor) -> None:
+        self._ones_N1 = credit_GN.new_ones(credit_GN.shape[1], 1)
+        super().__init__(credit_GN, credit_GN[:, :1], self._ones_N1.sum())
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values @ self._ones_N1  # three times as fast as a sum over a short row
+
+
+class Listed(Siblings):
+    """Groups of any size in any order, found by ``index_B`` in [0, n_groups); what is the group's stands at each of its rows."""
+
+    def __init__(self, credit_B: Tensor, index_B: Tensor, n_groups: int) -> None:
+        self._index_B, self._n_groups = index_B, n_groups
+        first_G = credit_B.new_zeros(n_groups)
+        first_G[index_B] = credit_B  # any one member of each group
+        super().__init__(credit_B, first_G[index_B], self.sum(torch.ones_like(credit_B)))
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self._n_groups).index_add_(0, self._index_B, values)[self._index_B]
+
+
+def _by_group(formula: Callable[[Siblings], Tensor], credit_B: Tensor, group_B: Tensor, raw_singletons: bool) -> Tensor:
+    """The advantages by a formula over groups. Groups of one size that stand one after the other, as a step has them, are a table's
+    rows; all others are found by their ids."""
+    _check(credit_B, group_B)
+    credit_B = credit_B.detach()
+    N = _row_length(group_B)
+    if N == 1 and raw_singletons:
+        return credit_B.clone()
+    if N:
+        pieces = credit_B.view(-1, N).split(max(ROWS // N, 1))
+        return torch.cat([formula(Table(piece.double())).to(credit_B.dtype) for piece in pieces]).flatten()
+    groups = Listed(credit_B.double(), *_dense(group_B))
+    advantage_B = formula(groups).to(credit_B.dtype)
+    return torch.where(groups.count == 1, credit_B, advantage_B) if raw_singletons else advantage_B
 
 
 def _row_length(group_B: Tensor) -> int:
     """N where the ids are N times one, then N times another, and so on, each group's rows together; else 0."""
     if group_B.numel() == 0:
         return 0
-    N = int((group_B == group_B[0]).sum())
-    if group_B.numel() % N:
+    neighbours = zip(group_B[1:].split(ROWS), group_B[:-1].split(ROWS), strict=True)
+    G = 1 + sum(int(torch.ne(a, b, out=torch.empty_like(a)).sum()) for a, b in neighbours)
+    if group_B.numel() % G:
         return 0
-    table_GN = group_B.view(-1, N)
-    alike = bool((table_GN == table_GN[:, :1]).all())
-    first_G = table_GN[:, 0]
-    return N if alike and (bool((first_G[1:] > first_G[:-1]).all()) or len(first_G.unique()) == len(first_G)) else 0
+    N = group_B.numel() // G
+    first_G, last_G = group_B[::N], group_B[N - 1 :: N]
+    if bool((first_G[1:] == last_G[:-1]).any()):  # then one of the G - 1 changes is within a row
+        return 0
+    return N if bool((first_G[1:] > first_G[:-1]).all()) or len(first_G.unique()) == G else 0
 
 
 def _dense(group_B: Tensor) -> tuple[Tensor, int]:

@@ -5,6 +5,7 @@ A new rule is one file with a frozen dataclass and one line in ``ccpo.credit.RUL
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -118,13 +119,18 @@ def r_without(inputs: CreditInputs, coalition: Coalition, pairing: str) -> Tenso
 def check_rewards(inputs: CreditInputs) -> None:
     """Raises ValueError unless the joint rewards are ``[P, N]``, floating point and finite."""
     reward_PN = inputs.reward_PN
-    if reward_PN.dim() != 2 or not reward_PN.is_floating_point() or not torch.isfinite(reward_PN).all():
+    if reward_PN.dim() != 2 or not reward_PN.is_floating_point() or not _finite(reward_PN):
         raise ValueError(f"reward_PN must be finite floats [P, N]; got {reward_PN.dtype} {tuple(reward_PN.shape)}")
+
+
+def _finite(values: Tensor) -> bool:
+    """Whether all are: a sum in 64 bits is finite where its terms are, and one pass."""
+    return math.isfinite(values.sum(dtype=torch.float64).item())
 
 
 def mean_credit(credit: Mapping[str, Tensor]) -> dict[str, float]:
     """``credit/AGENT/mean`` of each agent."""
-    return {f"credit/{agent}/mean": credit_PN.double().mean().item() for agent, credit_PN in credit.items()}
+    return {f"credit/{agent}/mean": credit_PN.mean(dtype=torch.float64).item() for agent, credit_PN in credit.items()}
 
 
 def one_of(key: str, value: object, allowed: Collection[str]) -> None:
