@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 from ccpo.errors import UserError
 from ccpo.teams.messages import ChatReader, Prompt
 
+LATEST = 512  # prompts that a reader remembers
+
 _readers: WeakKeyDictionary[Any, Reader] = WeakKeyDictionary()
 
 
@@ -44,6 +46,7 @@ class Reader:
         self._guarded_ids = frozenset(guarded.values())
         self._begin = () if self.chat else _beginning(tokenizer)
         self.expected: dict[Any, tuple[int, ...]] = {}  # special tokens of frames that were seen
+        self._prompts: dict[tuple[str, str | None], Prompt] = {}  # latest prompts: the samples of a problem ask for one N times
 
     def frame(self, user: str, system: str | None) -> str:
         """The whole prompt around ``user``: through the chat template, or plain text where the tokenizer has none.
@@ -58,9 +61,14 @@ class Reader:
 
     def prompt(self, user: str, system: str | None) -> Prompt:
         """The framed prompt and its tokens."""
+        known = self._prompts.get((user, system))
+        if known is not None:
+            return known
         text = self.frame(user, system)
         ids = self.ids(text)
-        return Prompt(text=text, ids=ids, tokens=len(ids))
+        if len(self._prompts) >= LATEST:
+            self._prompts.clear()
+        return self._prompts.setdefault((user, system), Prompt(text=text, ids=ids, tokens=len(ids)))
 
     def ids(self, prompt: str) -> tuple[int, ...]:
         """Token ids of a framed prompt; a plain one begins with the token that the tokenizer begins texts with."""
