@@ -201,7 +201,7 @@ def test_the_graph_is_that_of_the_recipe(run: Path):
 
 def test_a_graph_that_is_not_written_is_heard_from_the_prompts(run: Path):
     reader = RunReader(run)
-    tallies, _ = reader._episodes(Notes(), Sample())
+    tallies, _ = reader._episodes(Notes(), Sample().limits)
     graph = team_graph({}, tallies)
     assert graph["source"] == "prompts"
     assert [(t["name"], t["reads"]) for t in graph["turns"]] == [("thinker", []), ("solver", ["thinker"])]
