@@ -41,7 +41,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "tasks": (PURE | BASE | {"comm"}, None),
     "engines": (PURE | BASE | {"comm", "families", "rectangle"}, None),
     "rollout": (PURE | BASE | {"teams", "tasks", "engines"}, TORCH),
-    "alarms": (PURE | {"rollout", "runfolder"}, TORCH),
+    "alarms": (PURE | {"explain", "rollout", "runfolder"}, TORCH | {"pydantic"}),
     "learner": (PURE | BASE | {"comm", "families", "losses", "rectangle"}, None),
     "diagnose": (
         PURE | {"credit", "learner", "losses", "pay", "planner", "rollout", "schedule", "tasks", "teams"},

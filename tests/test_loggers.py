@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import ccpo
+import ccpo.trainer
 from ccpo.loggers import Sinks, make_sinks
 
 torch.set_num_threads(1)
@@ -118,15 +119,12 @@ class Fake(types.ModuleType):
     [
         (("init",), RuntimeError("not logged in"), 0, [], "could not be started"),
         (("init",), SystemExit(1), 0, [], "could not be started"),
-        (("log",), ConnectionError("no network"), 2, [1], "failed at step 2"),
-        (("log", "finish"), SystemExit(1), 3, [1, 2], "failed at step 3"),
-        (("finish",), OSError("disk full"), 0, [1, 2, 3], "could not be closed"),
+        (("log",), ConnectionError("no network"), 2, [0, 1], "failed at step 2"),
+        (("log", "finish"), SystemExit(1), 3, [0, 1, 2], "failed at step 3"),
+        (("finish",), OSError("disk full"), 0, [0, 1, 2, 3], "could not be closed"),
     ],
 )
-def test_a_logger_that_fails_never_stops_a_run(
-    tmp_path, tmp_path_factory, monkeypatch, caplog, broken, error, since, steps, said
-):
-    monkeypatch.setenv("CCPO_CACHE", str(tmp_path_factory.getbasetemp() / "loggers-cache"))
+def test_a_logger_that_fails_never_stops_a_run(tmp_path, cache, monkeypatch, caplog, broken, error, since, steps, said):
     bad, good = Fake("wandb", broken, error, since), Fake("trackio")
     monkeypatch.setitem(sys.modules, "wandb", bad)
     monkeypatch.setitem(sys.modules, "trackio", good)
@@ -135,8 +133,84 @@ def test_a_logger_that_fails_never_stops_a_run(
     assert result.finished
     assert len((result.folder / "metrics.jsonl").read_text().splitlines()) == 3
     assert [step for what, step in bad.said if what == "log"] == steps
-    assert [what for what, _ in good.said] == ["init", "log", "log", "log", "finish"]
+    assert [what for what, _ in good.said] == ["init", "log", "log", "log", "log", "finish"]
     assert [r.getMessage().count(said) for r in caplog.records if "wandb" in r.getMessage()] == [1]
+
+
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CCPO_CACHE", str(tmp_path_factory.getbasetemp() / "loggers-cache"))
+
+
+def told_tensorboard(run: Path) -> tuple[dict[str, dict[int, float]], list[int]]:
+    """What TensorBoard reads of a run: by name, the figures by step; and the steps of all events, one after the other."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    figures = {name: {e.step: e.value for e in events.Scalars(name)} for name in events.Tags()["scalars"]}
+    files = sorted((run / "tensorboard").iterdir())
+    return figures, [e.step for file in files for e in EventFileLoader(str(file)).Load() if e.summary.value]
+
+
+def evaluated(run: Path) -> dict[int, float]:
+    """The team's accuracy by step, as ``evaluations.jsonl`` has it."""
+    lines = map(json.loads, (run / "evaluations.jsonl").read_text().splitlines())
+    return {line["step"]: line["reports"]["heldout"]["team"]["mean"] for line in lines}
+
+
+WITH_TENSORBOARD = {
+    **TINY,
+    "trainer": {"steps": 3, "eval_every": 2},
+    "eval": {"problems": 8, "during": 4},
+    "log": {"tensorboard": True},
+}
+
+
+def test_every_evaluation_reaches_the_loggers_and_no_step_is_logged_twice(tmp_path, cache):
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    ccpo.train(WITH_TENSORBOARD, [f"run.dir={run}"])
+    figures, steps = told_tensorboard(run)
+    assert steps == [0, 1, 2, 3]
+    assert figures["eval/team"] == pytest.approx(evaluated(run))
+    assert list(figures["eval/team"]) == [0, 2, 3]
+    assert list(figures["eval/alone_solver"]) == [0, 3]  # with ablations, which those during training leave out
+    assert list(figures["reward/team"]) == [1, 2, 3]
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert figures["reward/team"][3] == pytest.approx(last["reward/team"])
+    assert "eval/team" not in last
+
+
+def test_a_run_that_goes_on_logs_no_evaluation_again(tmp_path, cache):
+    pytest.importorskip("tensorboard")
+    run = tmp_path / "run"
+    ccpo.train(WITH_TENSORBOARD, [f"run.dir={run}"])
+    ccpo.resume(run)
+    assert told_tensorboard(run)[1] == [0, 1, 2, 3]
+    ccpo.resume(run, steps=5)
+    figures, steps = told_tensorboard(run)
+    assert steps == [0, 1, 2, 3, 4, 5]
+    assert list(figures["eval/team"]) == [0, 2, 3, 4, 5]
+    assert list(figures["eval/alone_solver"]) == [0, 3, 5]
+
+
+def test_the_last_step_is_logged_where_the_evaluation_after_it_fails(tmp_path, cache, monkeypatch):
+    pytest.importorskip("tensorboard")
+    evaluate = ccpo.trainer.evaluate
+
+    def fails_at_the_end(team, tests, voices, limits, exam):
+        if (tmp_path / "run" / "metrics.jsonl").exists():
+            raise OSError("no space")
+        return evaluate(team, tests, voices, limits, exam)
+
+    monkeypatch.setattr("ccpo.trainer.evaluate", fails_at_the_end)
+    with pytest.raises(OSError, match="no space"):
+        ccpo.train(WITH_TENSORBOARD, [f"run.dir={tmp_path}/run", "trainer.eval_every=0"])
+    figures, steps = told_tensorboard(tmp_path / "run")
+    assert steps == [0, 1, 2, 3]
+    assert list(figures["eval/team"]) == [0]
 
 
 def test_an_interrupt_is_the_users_and_is_not_swallowed():

@@ -201,7 +201,7 @@ def test_the_graph_is_that_of_the_recipe(run: Path):
 
 def test_a_graph_that_is_not_written_is_heard_from_the_prompts(run: Path):
     reader = RunReader(run)
-    tallies, _ = reader._episodes(Notes(), Sample())
+    tallies, _ = reader._episodes(Notes(), Sample().limits)
     graph = team_graph({}, tallies)
     assert graph["source"] == "prompts"
     assert [(t["name"], t["reads"]) for t in graph["turns"]] == [("thinker", []), ("solver", ["thinker"])]
@@ -264,7 +264,7 @@ def test_what_each_agent_contributes_is_shown_where_it_was_measured(run: Path):
 def test_alarms_are_shown_and_one_that_breaks_is_said(run: Path, monkeypatch: pytest.MonkeyPatch):
     alarms = ModuleType("ccpo.alarms")
     alarms.__spec__ = type(sys)("spec")
-    alarms.find_alarms = lambda path: [
+    alarms.find_alarms = lambda path, say: [
         {"level": "warn", "title": f"of {path.name}", "what": "w", "try": "t"},
         {"title": 3},
         "x",
@@ -272,7 +272,7 @@ def test_alarms_are_shown_and_one_that_breaks_is_said(run: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "ccpo.alarms", alarms)
     assert RunReader(run).read()[0]["warnings"] == [{"level": "warn", "title": "of run", "what": "w", "try": "t"}]
 
-    def broken(path):
+    def broken(path, say):
         raise KeyError("x")
 
     alarms.find_alarms = broken
@@ -307,7 +307,7 @@ def test_why_there_are_no_alarms_is_said(tmp_path: Path):
         file.write(b'{"step": 3, "\xff": 1}\n')
     said = " ".join(RunReader(run).read()[0]["notes"])
     assert "metrics.jsonl: 1 line is damaged" in said
-    assert "metrics.jsonl is damaged: it is no UTF-8" in said
+    assert "metrics.jsonl, line 3: it is no UTF-8" in said
 
 
 # ---- harm

@@ -211,8 +211,9 @@ def alarms(
     from ccpo.display import alarm_lines
     from ccpo.runfolder import write_json
 
-    found = find_alarms(run)
-    alarm_lines(found)
+    left_out: list[str] = []
+    found = find_alarms(run, left_out.append)
+    alarm_lines(found, left_out)
     if json is not None:
         write_json(json, found)
         typer.echo(f"Alarms: {json}")

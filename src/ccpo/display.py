@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ccpo.alarms import Alarm, find_alarms
+from ccpo.errors import UserError
 from ccpo.runs import Reporter, Result
 from ccpo.types import Rollout
 
@@ -89,7 +90,7 @@ def tell_result(result: Result) -> None:
     """What a run came to, or how to go on with it."""
     if result.finished:
         before_after(result)
-        alarm_lines(find_alarms(result.folder))
+        _tell_alarms(result)
     else:
         Console().print(
             f"Stopped and saved. Go on with: ccpo train --resume {result.folder}", soft_wrap=True, highlight=False
@@ -119,11 +120,26 @@ def before_after(result: Result) -> None:
     console.print(f"who earned what: ccpo report {escape(str(result.folder))}", highlight=False)
 
 
-def alarm_lines(alarms: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
-    """The alarms of a run, each with what to try; one line where there are none."""
+def _tell_alarms(result: Result) -> None:
+    """The alarms of a run that has ended well, whatever its logs look like."""
+    left_out: list[str] = []
+    try:
+        alarms = find_alarms(result.folder, left_out.append)
+    except UserError as error:
+        Console().print(escape(f"alarms: not computed, {error}"), soft_wrap=True, highlight=False)
+    else:
+        alarm_lines(alarms, left_out)
+
+
+def alarm_lines(
+    alarms: Sequence[Mapping[str, Any]], left_out: Sequence[str] = (), console: Console | None = None
+) -> None:
+    """The alarms of a run, each with what to try; one line where there are none. First, what could not be read or judged."""
     console = console or Console()
+    for sentence in left_out:
+        console.print(escape(f"Left out: {sentence}"), style="yellow", soft_wrap=True, highlight=False)
     if not alarms:
-        console.print("alarms: none", highlight=False)
+        console.print(f"alarms: none{' in what is left' if left_out else ''}", highlight=False)
     for alarm in alarms:
         show_alarm(console, alarm)
 

@@ -109,6 +109,10 @@ class RunFolder:
                 break
         return records
 
+    def evaluated(self, step: int) -> list[dict[str, Any]]:
+        """The evaluations after ``step`` steps."""
+        return [r for r in self.read_lines(self.evaluations) if r["step"] == step]
+
     def rewind(self, step: int) -> None:
         """Forget what was logged after ``step`` steps: a resumed run writes it again."""
         if not self.writes:

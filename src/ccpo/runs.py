@@ -173,24 +173,26 @@ def _train(comm: Comm, setup: Setup, folder: RunFolder, speaker: Reporter | None
         trainer.load(checkpoint)
     elif folder.metrics.exists():
         folder.rewind(0)
-    if comm.any(comm.first and not _evaluated(folder, 0)):
-        reporter.note("evaluating the team before training")
-        trainer.evaluate_now(config.eval.problems, ablations=config.eval.ablations)
     try:
+        if comm.any(comm.first and not folder.evaluated(0)):
+            reporter.note("evaluating the team before training")
+            trainer.examine()
         finished = trainer.run()
+        if finished:
+            reporter.note("evaluating the team after training")
+            trainer.examine()
     finally:
+        trainer.tell()
         sinks.close()
     if not finished:
         return Result(folder=folder.path, finished=False, summary={}, first=comm.first)
-    reporter.note("evaluating the team after training")
-    trainer.evaluate_now(config.eval.problems, ablations=config.eval.ablations)
     if not comm.first:
         return Result(folder=folder.path, finished=True, summary={}, first=False)
     ended = folder.read_lines(folder.evaluations)[-1]["reports"]
     summary = {
         "name": config.run.name,
         "steps": trainer.step,
-        **headline(_evaluated(folder, 0)[0]["reports"], setup.team, "before"),
+        **headline(folder.evaluated(0)[0]["reports"], setup.team, "before"),
         **headline(ended, setup.team, "after"),
         "tokens_joint": trainer.totals["joint"],
         "tokens_counterfactual": trainer.totals["counterfactual"],
@@ -205,10 +207,6 @@ def _train(comm: Comm, setup: Setup, folder: RunFolder, speaker: Reporter | None
     }
     folder.write(folder.summary, summary)
     return Result(folder=folder.path, finished=True, summary=summary)
-
-
-def _evaluated(folder: RunFolder, step: int) -> list[dict[str, Any]]:
-    return [r for r in folder.read_lines(folder.evaluations) if r["step"] == step]
 
 
 def _sinks(config: RunConfig, folder: RunFolder) -> Sinks:

@@ -73,11 +73,15 @@ class Trainer:
         self.step = 0
         self.ahead = Ahead(crew.policies)
         self.stopping: int | None = None
+        self.held: dict[
+            str, float
+        ] = {}  # the last step's metrics, which go to the loggers with the evaluation that follows
 
     # --- the whole run -----------------------------------------------------------------------------------------------------
 
     def run(self) -> bool:
         """Train to the last step. Returns False where a signal ended it early; the step in hand is finished and saved first.
+        The last step's metrics are held back from the loggers until :meth:`examine` or :meth:`tell`.
 
         Raises EndpointTrouble where an agent behind an endpoint cannot speak any more, with all finished steps saved.
         """
@@ -96,7 +100,10 @@ class Trainer:
                     except EndpointTrouble as error:
                         trouble = error
                 self.folder.append(self.folder.metrics, {"step": self.step, **metrics})
-                self.sinks.write(self.step, metrics)
+                if done:
+                    self.held = metrics
+                else:
+                    self.sinks.write(self.step, metrics)
                 self.progress(self.step, metrics)
                 if trouble is not None:
                     with self._saved_on_trouble():
@@ -293,6 +300,19 @@ class Trainer:
             | {"tokens/total": float(self.tokens)}
             | {f"seconds/{phase}": value for phase, value in {**played.seconds, **seconds, "step": total}.items()}
         )
+
+    def examine(self) -> None:
+        """The evaluation before or after training. Loggers are told its headline together with the last step's metrics, so that no
+        step is logged twice; nor are they told of a step that an earlier start has evaluated."""
+        section, known = self.config.eval, bool(self.folder.evaluated(self.step))
+        figures = self.evaluate_now(section.problems, ablations=section.ablations)
+        self.tell({} if known else figures)
+
+    def tell(self, figures: Mapping[str, float] | None = None) -> None:
+        """Hand the loggers what was held back for them of the last step, and ``figures`` of it."""
+        told, self.held = self.held | dict(figures or {}), {}
+        if told:
+            self.sinks.write(self.step, told)
 
     def evaluate_now(self, problems: int, *, ablations: bool) -> dict[str, float]:
         """Evaluate, log the full report to ``evaluations.jsonl``, and return the headline figures as metrics."""

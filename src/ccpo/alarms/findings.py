@@ -24,3 +24,6 @@ ALARMS: dict[str, Callable[[View], list[Alarm]]] = {
     "exploding_normalisation": exploding_normalisation,
     "engine_mismatch": engine_mismatch,
 }
+
+NEED_TEAM = frozenset(("idle_agent", "harmful_agent", "solo_lost", "captured_vote", "leaked_answer", "same_as_shared"))
+"""Those that say nothing true without the recipe: who decides, who votes, whose prompt asks for an answer, which rule pays."""

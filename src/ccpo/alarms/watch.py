@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ccpo.alarms.base import MIN_STEPS, WINDOW, Alarm, Moments, Shape, Tally, View, merge
@@ -47,8 +47,10 @@ class Watch:
             if name.startswith(FIRST):
                 self.first[name] = _early(self.first.get(name, Moments()), moments)
 
-    def alarms(self, exams: Sequence[Mapping[str, Any]] = ()) -> list[Alarm]:
-        """The alarms that hold now."""
+    def alarms(
+        self, exams: Sequence[Mapping[str, Any]] = (), *, unjudged: Collection[str] = frozenset()
+    ) -> list[Alarm]:
+        """The alarms that hold now, but for those named in ``unjudged``."""
         view = View(
             shape=self.shape,
             rule=self.rule,
@@ -58,7 +60,7 @@ class Watch:
             count=len(self.window),
             exams=exams,
         )
-        return [alarm for find in ALARMS.values() for alarm in find(view)]
+        return [alarm for name, find in ALARMS.items() if name not in unjudged for alarm in find(view)]
 
     def news(self, alarms: Sequence[Alarm]) -> list[Alarm]:
         """Those of ``alarms`` that have not been told of in this run."""

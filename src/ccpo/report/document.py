@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ccpo.errors import UserError
-from ccpo.report.episodes import Group, read_groups
+from ccpo.report.episodes import read_groups
 from ccpo.report.free_riding import FILE as FREE_RIDING
 from ccpo.report.free_riding import read_free_riding
 from ccpo.report.graph import agents_of, team_graph
@@ -39,24 +39,28 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Step:
-    """What was read of one episode file, and of which state of it."""
+    """What is kept of one episode file, and of which state of it; ``tally`` is None where it could not be read."""
 
     stamp: tuple[int, int]
-    tally: Tally
-    groups: list[Group]
+    tally: Tally | None
     notes: list[str]
 
 
 class RunReader:
-    """Reads a run's folder as often as asked; episode files that have not changed since are not read again when ``keep``.
+    """Reads a run's folder as often as asked. When ``keep``, episode files that were read before are not read again while there are
+    only new ones behind them, and what is held of them are counts and the sample that the page shows, however many they are.
 
     Raises :class:`UserError` where the folder is none of a run.
     """
 
     def __init__(self, path: str | Path, *, keep: bool = False) -> None:
         self.folder, self.keep = RunFolder(path), keep
-        self.steps: dict[Path, _Step] = {}
+        self._forget(Sample())
         check_run(self.folder)
+
+    def _forget(self, sample: Sample) -> None:
+        self.steps: dict[Path, _Step] = {}
+        self.sample, self.prompted = sample, set[str]()
 
     def stamp(self) -> tuple[Any, ...]:
         """Changes when a file changes that the document is made of."""
@@ -71,7 +75,7 @@ class RunReader:
         records = read_records(folder.path, folder.metrics, notes)
         exams = read_records(folder.path, folder.evaluations, notes)
         summary = read_object(folder.path, folder.summary, notes)
-        tallies, sample = self._episodes(notes, Sample(rollouts, size))
+        tallies, sample = self._episodes(notes, (rollouts, size))
         agents = agents_of(recipe, tallies)
         table = sample.table(agents)
         if table["shown"] < table["seen"]:
@@ -98,16 +102,21 @@ class RunReader:
         }
         return document | {"notes": notes.sentences()}, table
 
-    def _episodes(self, notes: Notes, sample: Sample) -> tuple[list[Tally], Sample]:
-        tallies = []
-        for path in self._files(notes):
-            step = self._step(path, notes)
-            if step is not None:
-                tallies.append(step.tally)
-                sample.add(step.groups)
-                for note in step.notes:
-                    notes.add(note)
-        return tallies, sample
+    def _episodes(self, notes: Notes, limits: tuple[int, int]) -> tuple[list[Tally], Sample]:
+        files = self._files(notes)
+        if not self.keep or self.sample.limits != limits or self._changed(files):
+            self._forget(Sample(*limits))
+        for path in files[len(self.steps) :]:
+            self.steps[path] = self._step(path)
+        for step in self.steps.values():
+            for note in step.notes:
+                notes.add(note)
+        return [step.tally for step in self.steps.values() if step.tally is not None], self.sample
+
+    def _changed(self, files: Sequence[Path]) -> bool:
+        """Whether files that were read are others now, or gone, or others came between them: a resumed run writes its last steps again."""
+        known = list(self.steps)
+        return files[: len(known)] != known or any(_stamp(path) != step.stamp for path, step in self.steps.items())
 
     def _files(self, notes: Notes) -> list[Path]:
         found = {}
@@ -115,27 +124,30 @@ class RunReader:
             if match := re.fullmatch(r"step-(\d{1,12})\.jsonl\.gz", path.name):
                 found[int(match[1])] = path
         files = [found[step] for step in sorted(found)]
-        if len(files) > MAX_FILES:
-            notes.add(f"Of {len(files):,} steps the episodes of {MAX_FILES:,} are read, evenly spaced.")
-            last = len(files) - 1
-            files = [files[round(i * last / (MAX_FILES - 1))] for i in range(MAX_FILES)]
-        return files
+        return _thinned(files, notes)
 
-    def _step(self, path: Path, notes: Notes) -> _Step | None:
-        if not regular_file(self.folder.path, path, notes):
-            return None
-        stamp = _stamp(path)
-        if path in self.steps and self.steps[path].stamp == stamp:
-            return self.steps[path]
-        own, step = Notes(), int(path.name[5:].split(".")[0])
-        tally, groups = Tally(step=step), []
+    def _step(self, path: Path) -> _Step:
+        """Count a file's groups and add them to the sample."""
+        stamp, own, step = _stamp(path), Notes(), int(path.name[5:].split(".")[0])
+        if not regular_file(self.folder.path, path, own):
+            return _Step(stamp=stamp, tally=None, notes=own.sentences())
+        tally = Tally(step=step)
         for group in read_groups(path, step, own):
             tally.add(group)
-            groups.append(group)
-        found = _Step(stamp=stamp, tally=tally, groups=groups, notes=own.sentences())
-        if self.keep:
-            self.steps[path] = found
-        return found
+            self.sample.add([group])
+        tally.prompts = {turn: prompt for turn, prompt in tally.prompts.items() if turn not in self.prompted}
+        self.prompted |= tally.prompts.keys()
+        return _Step(stamp=stamp, tally=tally, notes=own.sentences())
+
+
+def _thinned(files: list[Path], notes: Notes) -> list[Path]:
+    """Every second, fourth, eighth … of too many files, from the first: those that are chosen stay so when a few more come."""
+    every = 1
+    while len(files) > MAX_FILES * every:
+        every *= 2
+    if every > 1:
+        notes.add(f"Of {len(files):,} steps the episodes of every {every}{'nd' if every == 2 else 'th'} are read.")
+    return files[::every]
 
 
 def check_run(folder: RunFolder) -> None:

@@ -3,57 +3,99 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
-from ccpo.report.episodes import Group, Rollout, Text, Turn
+from ccpo.report.episodes import PROMPTS, Group, Rollout, Text, Turn
 from ccpo.report.page import to_json
 from ccpo.report.reading import short
 
 MAX_ROLLOUTS = 10_000
 MAX_BYTES = 6_500_000  # of the rollouts of a page, as they stand in it
 
+Key = tuple[bytes, int, int]
+"""Rank of a problem, step, and place in the step."""
+Kept = tuple[Key, int, Group]
+"""A group with its key and its size."""
+
 
 class Sample:
     """Groups of a run, and of more than fit a sample: all rollouts of some problems, chosen by a hash of the problem, so
-    that a problem that is kept is kept in every step."""
+    that a problem that is kept is kept in every step. Which are chosen does not depend on the order in which they come, and no
+    more is held than about twice what fits."""
 
     def __init__(self, rollouts: int = MAX_ROLLOUTS, size: int = MAX_BYTES) -> None:
         self.limits = (rollouts, size)
-        self.kept: list[tuple[bytes, int, Group]] = []
+        self.kept: list[Kept] = []
+        self.bar: Key | None = None  # of the first group that did not fit: neither it nor one behind it ever will
         self.seen = self.held = self.size = 0
 
-    def add(self, groups: Sequence[Group]) -> None:
+    def add(self, groups: Iterable[Group]) -> None:
         for group in groups:
-            size = _size(group)
-            self.kept.append((_rank(group), size, group))
             self.seen += len(group.rollouts)
+            key = _key(group)
+            if self.bar is not None and key >= self.bar:
+                continue
+            size = _size(group)
+            self.kept.append((key, size, _without_prompts(group)))
             self.held += len(group.rollouts)
             self.size += size
-        if self.held > 2 * self.limits[0] or self.size > 2 * self.limits[1]:
-            self._cut(*self.limits)
+            if self.held > 2 * self.limits[0] or self.size > 2 * self.limits[1]:
+                self._cut()
 
-    def _cut(self, rollouts: int, most: int) -> None:
+    def _cut(self) -> None:
         """Keep the groups of lowest rank that fit; at least one."""
-        self.kept.sort(key=lambda k: (k[0], k[2].step, k[2].place))
-        held = size = count = 0
-        for _, more, group in self.kept:
-            if count and (held + len(group.rollouts) > rollouts or size + more > most):
-                break
-            held, size, count = held + len(group.rollouts), size + more, count + 1
-        self.kept, self.held, self.size = self.kept[:count], held, size
+        self.kept.sort(key=itemgetter(0))
+        fits = _fitting(self.kept, *self.limits)
+        if len(fits) < len(self.kept):
+            self.bar = self.kept[len(fits)][0]
+        self.kept, self.held, self.size = fits, *_extent(fits)
 
     def table(self, agents: Sequence[str]) -> dict[str, Any]:
         """The rollouts that are kept, in order of step, problem and place, within the limit of bytes as they stand in the page."""
-        self._cut(*self.limits)
-        most = self.limits[1]
+        self._cut()
+        shown, (rollouts, limit) = self.kept, self.limits
+        most = limit
         while True:
-            table = _table([group for _, _, group in self.kept], agents)
+            table = _table([group for _, _, group in shown], agents)
             length = len(to_json(table).encode())
-            if length <= self.limits[1] or len(self.kept) == 1:
+            if length <= limit or len(shown) == 1:
                 return table | {"seen": self.seen, "shown": len(table["rows"])}
-            most = int(min(most, self.size) * 0.9 * self.limits[1] / length)
-            self._cut(self.limits[0], most)
+            most = int(min(most, _extent(shown)[1]) * 0.9 * limit / length)
+            shown = _fitting(shown, rollouts, most)
+
+
+def _fitting(ordered: Sequence[Kept], rollouts: int, most: int) -> list[Kept]:
+    """The first of the groups up to the one that does not fit; at least one."""
+    held = size = count = 0
+    for _, more, group in ordered:
+        held, size = held + len(group.rollouts), size + more
+        if count and (held > rollouts or size > most):
+            break
+        count += 1
+    return list(ordered[:count])
+
+
+def _extent(kept: Sequence[Kept]) -> tuple[int, int]:
+    """Rollouts and size."""
+    return sum(len(group.rollouts) for _, _, group in kept), sum(size for _, size, _ in kept)
+
+
+def _key(group: Group) -> Key:
+    return _rank(group), group.step, group.place
+
+
+def _without_prompts(group: Group) -> Group:
+    """A group without what the table does not hold: prompts, and messages beside texts."""
+    if group.place >= PROMPTS:
+        return group
+    rollouts = (
+        replace(rollout, turns=tuple(replace(turn, prompt="", message="") for turn in rollout.turns))
+        for rollout in group.rollouts
+    )
+    return replace(group, rollouts=tuple(rollouts))
 
 
 def _rank(group: Group) -> bytes:

@@ -8,6 +8,7 @@ full), *hopeless* (the same, and not full).
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ def is_correct(reward: float) -> bool:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts of one step. ``credit``: by agent, pairs of credit and reward. ``pairs``: by agent, helped, hurt, redundant,
+    """Counts of one step. ``credit``: by agent, credit and reward of each rollout in turn. ``pairs``: by agent, helped, hurt, redundant,
     hopeless, and how many of these had a reward between 0 and 1. ``signal``: by agent, groups and those with an advantage.
     ``tokens``: by turn, tokens, turns and those cut off.
     ``heard``: by pair of turns, how often the first one's message is in the second one's prompt, of how often it could be."""
@@ -34,7 +35,7 @@ class Tally:
     step: int
     rollouts: int = 0
     reward: float = 0.0
-    credit: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    credit: dict[str, array] = field(default_factory=dict)
     pairs: dict[str, list[int]] = field(default_factory=dict)
     signal: dict[str, list[int]] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
@@ -47,7 +48,7 @@ class Tally:
             self.rollouts += 1
             self.reward += rollout.reward
             for agent, value in rollout.credit.items():
-                self.credit.setdefault(agent, []).append((value, rollout.reward))
+                self.credit.setdefault(agent, array("d")).extend((value, rollout.reward))
             for turn in rollout.turns:
                 self.speaker.setdefault(turn.name, turn.agent)
                 if turn.tokens is not None:
@@ -63,6 +64,11 @@ class Tally:
             counts = self.pairs.setdefault(play.removed[0], [0, 0, 0, 0, 0])
             counts[effect(rollout.reward, play.reward)] += 1
             counts[4] += not {rollout.reward, play.reward} <= {0.0, 1.0}
+
+    def paid(self, agent: str) -> Iterable[tuple[float, float]]:
+        """Pairs of an agent's credit and the reward."""
+        flat = self.credit.get(agent, ())
+        return zip(flat[::2], flat[1::2], strict=True)
 
     def _listen(self, rollout: Rollout) -> None:
         for i, later in enumerate(rollout.turns):
@@ -124,7 +130,7 @@ def _window(name: str, tallies: Sequence[Tally], agents: Sequence[str]) -> dict:
     pairs, signal = sum_lists(tallies, "pairs"), sum_lists(tallies, "signal")
     found = []
     for agent in agents[:MAX_AGENTS]:
-        paid = [pair for tally in tallies for pair in tally.credit.get(agent, ())]
+        paid = [pair for tally in tallies for pair in tally.paid(agent)]
         groups, moving = signal.get(agent, (0, 0))
         found.append(
             {

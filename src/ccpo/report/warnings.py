@@ -22,7 +22,7 @@ def find_warnings(folder: RunFolder, notes: Notes) -> list[dict[str, str]]:
             )
             return []
     try:
-        found = [_plain(mapping(alarm)) for alarm in find_alarms(folder.path)]
+        found = [_plain(mapping(alarm)) for alarm in find_alarms(folder.path, notes.add)]
     except UserError as error:
         notes.add(f"The alarms could not be computed: {str(error)[:500]}")
         return []
