@@ -39,7 +39,7 @@ class Crew:
         config = setup.config
         self.setup, self.comm = setup, comm or Comm()
         self.device = pick_device(config)
-        self.remotes = Remotes(config, setup.team.agent_names)
+        self.remotes = self.comm.together(lambda: Remotes(config, setup.team.agent_names, self.comm))
         self._readers = self.remotes.readers()
         specs = policy_specs(setup, paths)
         check_sharding(config)
@@ -134,7 +134,7 @@ class Crew:
                 voices[agent] = Voice(
                     agent=agent,
                     policy=name,
-                    engine=self.remotes.engines[agent],
+                    engine=self.remotes.voices[agent],
                     tokenizer=self._readers[agent],
                     sampling=self.setup.samplings[agent],
                 )
