@@ -249,14 +249,10 @@ def check_launch(source: str | Path, overrides: Sequence[str], ranks: int, *, he
 
 def check_ranks(config: RunConfig, ranks: int) -> None:
     """Raises UserError for more ranks than a step has problems, and for what only one process can do."""
-    if ranks > 1:
-        held = {
-            "model.engine: vllm": config.model.engine == "vllm",
-            "trainer.async_depth: 1": config.trainer.async_depth > 0,
-        }
-        alone = next((what for what, there in held.items() if there), None)
-        if alone is not None:
-            raise UserError(f"{alone} goes with one process so far, and there are {ranks}; leave --launch out")
+    if ranks > 1 and config.trainer.async_depth:
+        raise UserError(
+            f"trainer.async_depth: 1 goes with one process so far, and there are {ranks}; leave --launch out"
+        )
     prompts = config.rollout.prompts
     if ranks > prompts:
         raise UserError(
