@@ -90,7 +90,7 @@ def test_the_first_process_alone_talks_to_a_server(cache, tmp_path):
     calls = []
     for count, name in ((1, "one"), (2, "two")):
         with serving_vllm(base, length=256, lora=True) as server:
-            made = trained(count, cache, tmp_path / name, path=base, vllm={"url": server.url}, **LORA)
+            made = trained(count, cache, tmp_path / name, path=base, vllm={"url": server.url, "concurrency": 4}, **LORA)
             assert made == [[]] * count
             calls.append(server.calls)
     assert calls[0] == calls[1] and calls[1].count("/v1/load_lora_adapter") >= 6
