@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -123,6 +124,8 @@ class LLM:
         enable_lora: bool = False,
         max_loras: int = 1,
         max_lora_rank: int = 16,
+        tensor_parallel_size: int = 1,
+        distributed_executor_backend: str | None = None,
     ) -> None:
         for name, value, kind in (
             ("model", model, str),
@@ -133,6 +136,7 @@ class LLM:
             ("trust_remote_code", trust_remote_code, bool),
             ("enable_lora", enable_lora, bool),
             ("max_loras", max_loras, int),
+            ("tensor_parallel_size", tensor_parallel_size, int),
         ):
             _is(value, kind, name)
         if not 0 < gpu_memory_utilization < 1 or max_lora_rank not in RANKS or dtype not in ("float32", "bfloat16"):
@@ -141,6 +145,7 @@ class LLM:
             raise ValueError("the stand-in knows processed_logprobs and generation_config 'vllm' alone")
         if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "1") != "0":
             raise RuntimeError("tensors and iterators cannot be sent to an engine in another process")
+        self.place = _place(distributed_executor_backend, tensor_parallel_size)
         if enable_sleep_mode and any(llm.sleeps for llm in LLM.made):
             raise AssertionError("CuMem allocator can only be used for one instance per process.")
         self.core = Core(model, max_model_len, (max_loras, max_lora_rank) if enable_lora else None)
@@ -197,6 +202,7 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: LoRARequest | None = None,
     ) -> list[RequestOutput]:
+        assert len(prompts), "there is nothing to sample"
         if self._asleep:
             raise RuntimeError(f"the engine is asleep: {self._asleep}")
         if sampling_params is None or len(sampling_params) != len(prompts):
@@ -212,6 +218,23 @@ class LLM:
                 )
             )
         return outputs
+
+
+def _place(backend: str | None, parallel: int) -> tuple[int, int] | None:
+    """Its rank and its device's number where others have launched it; all ranks must make theirs together, as vLLM takes the least free
+    memory of all of them."""
+    assert parallel == 1, "the stand-in does not split a model"
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if backend is None:
+        assert ranks == 1, "every rank would take itself for rank 0 of 1 in a group of others"
+        return None
+    if backend != "external_launcher":
+        raise ValueError(f"the stand-in knows no distributed_executor_backend {backend!r}")
+    assert os.environ["MASTER_ADDR"] and os.environ["MASTER_PORT"]
+    place = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    assert dist.is_initialized() and place[0] == dist.get_rank()
+    dist.all_reduce(torch.tensor([place[0]]), op=dist.ReduceOp.MIN)
+    return place
 
 
 class Core:

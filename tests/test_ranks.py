@@ -70,7 +70,7 @@ def test_completions_travel_whole():
         Completion(token_ids=(1, 2**30), logprobs=(-0.1, -1 / 3), text="né\n\x00😀", finish=FinishReason.EOS),
         Completion(token_ids=(), logprobs=(), text="", finish=FinishReason.STOP),
     ]
-    assert _unpacked(_packed(done, 5)) == (done, 5)
+    assert _unpacked(_packed(done, 5)) == (done, 5, {})
 
 
 def test_one_process_is_the_identity():

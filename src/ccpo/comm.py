@@ -17,11 +17,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ccpo.errors import LostContact, RunFailure, UserError
+from ccpo.errors import EndpointFailure, EndpointRefusal, LostContact, RunFailure, UserError
 
 Result = TypeVar("Result")
 BUCKET = 1 << 25  # numbers that are summed over ranks at a time
 PATIENCE = timedelta(minutes=60)  # how long ranks wait for one that makes a base model or writes a checkpoint
+COURTESY = 5.0  # seconds that ranks wait for the one that tells of an error
 
 
 class Comm:
@@ -119,11 +120,15 @@ def deal(work: Sequence[float], ranks: int) -> list[list[int]]:
     return [sorted(part) for part in found]
 
 
-ERRORS: dict[str, type[Exception]] = {"UserError": UserError, "RunFailure": RunFailure}
+ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (UserError, RunFailure, EndpointFailure, EndpointRefusal)
+}
 
 
 def _packed(error: Exception) -> bytes:
-    return json.dumps([type(error).__name__ if type(error).__name__ in ERRORS else "RunFailure", str(error)]).encode()
+    """As the nearest of its kinds that all know; what an endpoint's end asks of a run is done by all ranks."""
+    kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in ERRORS)
+    return json.dumps([kind, str(error)]).encode()
 
 
 def _unpacked(data: bytes) -> Exception:
@@ -174,6 +179,11 @@ class Ranks(Comm):
             for tensor in tensors:
                 with self._in_contact():
                     self.dist.broadcast(tensor, 0)
+
+    def __exit__(self, kind: object = None, error: object = None, trace: object = None) -> None:
+        if self.owner and getattr(error, "told", False):
+            time.sleep(COURTESY)  # a launcher ends all ranks when the first has ended, and one has still to tell why
+        self.close()
 
     def close(self) -> None:
         if self.owner:

@@ -16,8 +16,8 @@ from ccpo.engines import make_engine
 from ccpo.engines.adapters import AdapterEngine, SharedDecoder
 from ccpo.engines.budget import decode_budget, without_room
 from ccpo.engines.native import NativeEngine
-from ccpo.engines.sharded import ShardedEngine
-from ccpo.engines.vllm import Hosts, VllmSettings, check_installed
+from ccpo.engines.sharded import FirstAlone, ShardedEngine
+from ccpo.engines.vllm import Hosts, VllmSettings, check_installed, check_launched
 from ccpo.engines.vllm_server import ServerHost
 from ccpo.errors import UserError
 from ccpo.families import compute_dtype, unsupported
@@ -39,7 +39,7 @@ class Crew:
         config = setup.config
         self.setup, self.comm = setup, comm or Comm()
         self.device = pick_device(config)
-        self.remotes = Remotes(config, setup.team.agent_names)
+        self.remotes = self.comm.together(lambda: Remotes(config, setup.team.agent_names, self.comm))
         self._readers = self.remotes.readers()
         specs = policy_specs(setup, paths)
         check_sharding(config)
@@ -56,7 +56,7 @@ class Crew:
                 trust_remote_code=model.trust_remote_code,
             )
         )
-        self.hosts = _hosts(config, setup, len(specs)) if model.engine == "vllm" else None
+        self.hosts = self._hosts(len(specs)) if model.engine == "vllm" else None
         for policy in self.policies.values():
             self.comm.copy([p.detach() for p in policy.model.parameters()])
         if model.shard and self.comm.size > 1 and train:
@@ -76,7 +76,9 @@ class Crew:
     def _engine(self, policy: Policy) -> Any:
         config = self.setup.config
         if self.hosts is not None:
-            return self.hosts.engine(policy.model, policy.tokenizer, policy.adapter)
+            engine = self.hosts.engine(policy.model, policy.tokenizer, policy.adapter)
+            shares = FirstAlone if config.model.vllm.url is not None else ShardedEngine
+            return engine if self.comm.size == 1 else shares(engine, self.comm)
         if config.trainer.async_depth and (why := unsupported(policy.model, policy.adapter)) is not None:
             raise UserError(
                 f"trainer.async_depth: policy {policy.name!r} would be changed while it speaks, for the native engine, which has a copy of the "
@@ -84,6 +86,14 @@ class Crew:
             )
         engine = self._decoder(policy)
         return engine if self.comm.size == 1 else ShardedEngine(engine, self.comm)
+
+    def _hosts(self, policies: int) -> Hosts:
+        """The vLLM instances that the policies will speak through. Of several ranks each has its own on its GPU; a server, the first alone
+        asks."""
+        config, comm = self.setup.config, self.comm
+        if comm.size > 1 and config.model.vllm.url is None and self.device.type == "cuda":
+            comm.together(lambda: check_launched(torch.cuda.device_count()))
+        return _hosts(config, self.setup, policies, comm.size)
 
     def _decoder(self, policy: Policy) -> Any:
         """Its engine on this rank. Adapters of one base share one decoder, unless they speak while they are changed."""
@@ -134,7 +144,7 @@ class Crew:
                 voices[agent] = Voice(
                     agent=agent,
                     policy=name,
-                    engine=self.remotes.engines[agent],
+                    engine=self.remotes.voices[agent],
                     tokenizer=self._readers[agent],
                     sampling=self.setup.samplings[agent],
                 )
@@ -181,8 +191,8 @@ def pick_device(config: RunConfig) -> torch.device:
     return device
 
 
-def _hosts(config: RunConfig, setup: Setup, policies: int) -> Hosts:
-    """The vLLM instances that the policies will speak through. Under removal by ``frozen`` each adapter has a copy as it was at the start."""
+def _hosts(config: RunConfig, setup: Setup, policies: int, processes: int) -> Hosts:
+    """Under removal by ``frozen`` each adapter has a copy as it was at the start."""
     model, sizes = config.model, [s.max_tokens for s in setup.samplings.values()]
     lora = model.sharing == "lora"
     settings = VllmSettings(
@@ -193,6 +203,7 @@ def _hosts(config: RunConfig, setup: Setup, policies: int) -> Hosts:
         dtype="bfloat16" if model.decode == "auto" else model.decode,
         adapters=policies * (2 if config.rollout.removal == "frozen" else 1) if lora else 0,
         rank=model.lora.rank if lora else 0,
+        processes=processes,
         trust_remote_code=model.trust_remote_code,
     )
     if model.vllm.url is None:
@@ -213,6 +224,7 @@ def check_sharding(config: RunConfig) -> None:
     wrong = {
         "model.sharing: lora (its base is frozen and small beside an optimiser)": config.model.sharing == "lora",
         "model.engine: transformers": config.model.engine == "transformers",
+        "model.engine: vllm (it is handed whole weights)": config.model.engine == "vllm",
         "rollout.removal: frozen": config.rollout.removal == "frozen",
         "loss.kl (its reference is a whole copy)": config.loss.kl != "none",
     }

@@ -7,9 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
+from ccpo.comm import Comm
 from ccpo.config import RunConfig
+from ccpo.engines.base import Engine
 from ccpo.engines.http import Secret
 from ccpo.engines.remote import Endpoint, RemoteEngine
+from ccpo.engines.sharded import FirstAlone
 from ccpo.engines.vllm_server import reach_server
 from ccpo.learner.loading import load_tokenizer
 from ccpo.teams import ChatReader
@@ -17,17 +20,21 @@ from ccpo.teams.reader import reader_of
 
 
 class Remotes:
-    """The engine and the reader of each such agent. Agents whose sections are equal share an engine: its connections and its budget."""
+    """The engine and the reader of each such agent. Agents whose sections are equal share an engine: its connections and its budget.
+    Of several ranks the first alone asks, and needs the key; ``voices`` are what all of them speak through."""
 
-    def __init__(self, config: RunConfig, agents: tuple[str, ...]) -> None:
+    def __init__(self, config: RunConfig, agents: tuple[str, ...], comm: Comm | None = None) -> None:
+        comm = comm or Comm()
         self.engines: dict[str, RemoteEngine] = {}
+        self.voices: dict[str, Engine] = {}
         self._sections = {a: config.agents[a].remote for a in agents if a in config.agents and config.agents[a].remote}
-        made: dict[str, RemoteEngine] = {}
+        made: dict[str, tuple[RemoteEngine, Engine]] = {}
         for agent, section in self._sections.items():
             text = section.model_dump_json()
             if text not in made:
-                made[text] = RemoteEngine(_endpoint(f"agents.{agent}.remote", section))
-            self.engines[agent] = made[text]
+                engine = RemoteEngine(_endpoint(f"agents.{agent}.remote", section, asks=comm.first))
+                made[text] = engine, engine if comm.size == 1 else _of_first(engine, comm)
+            self.engines[agent], self.voices[agent] = made[text]
 
     def __bool__(self) -> bool:
         return bool(self.engines)
@@ -83,8 +90,14 @@ def reach(config: RunConfig, agents: tuple[str, ...]) -> None:
     Remotes(config, agents).probe()
 
 
-def _endpoint(where: str, section: Any) -> Endpoint:
-    secret = Secret.of_environment(section.key_env, f"{where}.key_env") if section.key_env else None
+def _of_first(engine: RemoteEngine, comm: Comm) -> FirstAlone:
+    """The engine as several ranks have it: the first asks, and what has been spent is known to all."""
+    return FirstAlone(engine, comm, tell=lambda: asdict(engine.spent), hear=engine.load)
+
+
+def _endpoint(where: str, section: Any, *, asks: bool) -> Endpoint:
+    wanted = section.key_env if asks else None
+    secret = Secret.of_environment(wanted, f"{where}.key_env") if wanted else None
     return Endpoint(
         where=where,
         url=section.url.rstrip("/"),

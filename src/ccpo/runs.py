@@ -80,7 +80,8 @@ def train(
         def begin() -> Setup:
             setup = prepare(config, **objects)
             check_ranks(config, comm.size)
-            reach(config, setup.team.agent_names)
+            if comm.first:
+                reach(config, setup.team.agent_names)
             folder.create(overwrite=config.run.overwrite)
             given = {name: repr(value) for name, value in objects.items() if value is not None}
             made = {
@@ -112,7 +113,7 @@ def resume(
     setup = open_setup(RunFolder(run), steps=steps, **objects)
     with connect(cuda=pick_device(setup.config).type == "cuda") as comm:
         comm.together(lambda: check_ranks(setup.config, comm.size))
-        comm.together(lambda: reach(setup.config, setup.team.agent_names))
+        comm.first_alone(lambda: reach(setup.config, setup.team.agent_names))
         return _train(comm, setup, RunFolder(run, writes=comm.first), reporter, resumed=True)
 
 
@@ -248,16 +249,10 @@ def check_launch(source: str | Path, overrides: Sequence[str], ranks: int, *, he
 
 def check_ranks(config: RunConfig, ranks: int) -> None:
     """Raises UserError for more ranks than a step has problems, and for what only one process can do."""
-    if ranks > 1:
-        remote = next((a for a, section in config.agents.items() if section.remote), None)
-        held = {
-            f"agents.{remote}.remote": remote is not None,
-            "model.engine: vllm": config.model.engine == "vllm",
-            "trainer.async_depth: 1": config.trainer.async_depth > 0,
-        }
-        alone = next((what for what, there in held.items() if there), None)
-        if alone is not None:
-            raise UserError(f"{alone} goes with one process so far, and there are {ranks}; leave --launch out")
+    if ranks > 1 and config.trainer.async_depth:
+        raise UserError(
+            f"trainer.async_depth: 1 goes with one process so far, and there are {ranks}; leave --launch out"
+        )
     prompts = config.rollout.prompts
     if ranks > prompts:
         raise UserError(

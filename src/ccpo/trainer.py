@@ -21,7 +21,7 @@ from ccpo.loggers import Sinks
 from ccpo.pay import Payroll, credit_inputs, lists, training_rows, turn_lengths
 from ccpo.planner import Planner
 from ccpo.rollout import Ask, CounterfactualCache, Played, Rater, play_team, rating_report, write_episodes
-from ccpo.runfolder import RunFolder, read_json, write_json
+from ccpo.runfolder import RunFolder, read_json
 from ccpo.schedule import ProblemSampler
 from ccpo.signals import stopping
 from ccpo.teams import describe
@@ -120,7 +120,9 @@ class Trainer:
         except EndpointTrouble as error:
             self.save()
             way = f"step {self.step} is saved: correct that in {self.folder.recipe} or at the endpoint, then ccpo train --resume"
-            raise type(error)(f"{error}. {way} {self.folder.path}") from None
+            told = type(error)(f"{error}. {way} {self.folder.path}")
+            told.told = getattr(error, "told", False)  # another rank says it
+            raise told from None
 
     @property
     def tokens(self) -> int:
@@ -336,7 +338,7 @@ class Trainer:
     def _keep_costs(self) -> None:
         """Write down what endpoints have cost: a run that is resumed goes on counting, also what came after its checkpoint."""
         if self.crew.remotes:
-            write_json(self.folder.remotes, self.crew.remotes.spent())
+            self.folder.write(self.folder.remotes, self.crew.remotes.spent())
 
     def save(self) -> None:
         """Write a checkpoint of the finished steps."""

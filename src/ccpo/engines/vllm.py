@@ -13,6 +13,10 @@ that requests share is computed once, by vLLM's prefix cache. vLLM's noise is no
 the native engine, and the same text in vLLM up to rounding. Prompts go in and texts come back as token ids; where a text ends is
 found again here.
 
+Of several ranks each has an instance of its own, on its own GPU, which samples the rank's share. vLLM must then be told that the processes
+were started by others (``distributed_executor_backend="external_launcher"``), since it finds a torch.distributed group that is theirs; it
+reads its place in it from ``LAUNCHED_BY``, and takes the least free memory of all ranks, so that all must make their instances together.
+
 ``logprobs_mode="processed_logprobs"``: log-probs are at the request's temperature, as this library wants them, but *after* top-p and
 top-k have cut; a recipe that trains with a cut is therefore refused (:mod:`ccpo.build`). vLLM takes temperatures of 0 and of 0.01 to 2.
 """
@@ -41,13 +45,14 @@ DEVICES = ("cuda",)
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 COOLEST, HOTTEST = 0.01, 2.0
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+LAUNCHED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun and Ray Train set
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VllmSettings:
     """``memory``: share of the device's memory; ``length``: most tokens of a prompt with its completion; ``dtype``: a name of torch's;
-    ``adapters`` and ``rank``: the LoRA adapters of a base, 0 where there are none."""
+    ``adapters`` and ``rank``: the LoRA adapters of a base, 0 where there are none; ``processes``: how many have an instance each."""
 
     memory: float = 0.45
     sleep: bool = True
@@ -56,6 +61,7 @@ class VllmSettings:
     dtype: str = "bfloat16"
     adapters: int = 0
     rank: int = 0
+    processes: int = 1
     trust_remote_code: bool = False
 
 
@@ -102,6 +108,22 @@ def check_installed(device: str) -> None:
         )
 
 
+def check_launched(devices: int) -> None:
+    """Raises UserError where vLLM could not find this process's place among several, or its GPU among the ``devices`` that it sees."""
+    missing = [name for name in LAUNCHED_BY if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"model.engine is 'vllm' in several processes, and the environment lacks {', '.join(missing)}, by which vLLM finds its place; start "
+            "them with --launch or torchrun"
+        )
+    place = int(os.environ["LOCAL_RANK"])
+    if place >= devices:
+        raise UserError(
+            f"model.engine is 'vllm', which needs a GPU for each process, and process {place} of this machine (LOCAL_RANK) sees {devices}; start "
+            "fewer, and let all of them see all GPUs"
+        )
+
+
 class VllmEngine:
     """Speaks for one policy through a host; see `ccpo.engines.base.Engine`. ``stale``: the host has not had the policy's present
     weights."""
@@ -123,6 +145,8 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """One completion a request, in their order. Raises UserError for a request that vLLM cannot decode, RunFailure where what it gives
         back cannot be."""
+        if not requests:
+            return []
         check_requests(requests, vocab=self._vocab, positions=self.positions)
         for number, request in enumerate(requests):
             if request.temperature and not COOLEST <= request.temperature <= HOTTEST:
@@ -194,6 +218,11 @@ class ColocatedHost:
             if settings.adapters
             else {}
         )
+        ranks = (
+            {"distributed_executor_backend": "external_launcher", "tensor_parallel_size": 1}
+            if settings.processes > 1
+            else {}
+        )
         self.llm = LLM(
             model=source_of(model),
             dtype=settings.dtype,
@@ -206,6 +235,7 @@ class ColocatedHost:
             generation_config="vllm",
             trust_remote_code=settings.trust_remote_code,
             **lora,
+            **ranks,
         )
 
     def hold(self, engine: VllmEngine) -> None:
