@@ -156,10 +156,11 @@ def _train(comm: Comm, setup: Setup, folder: RunFolder, speaker: Reporter | None
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     paths, bootstrap_seconds = comm.in_order(lambda: model_paths(setup, reporter))
+    beside = comm.beside() if config.trainer.async_depth else comm
     if comm.size > 1:
-        setup = shared_out(setup, comm)
+        setup = shared_out(setup, beside)
     reporter.note("loading models")
-    crew = Crew(setup, paths, comm=comm)
+    crew = Crew(setup, paths, comm=comm, beside=beside)
     if not config.eval.tasks and "train" in setup.tests:
         reporter.note("no eval.tasks: the team is judged on problems that it is trained on")
     sinks = _sinks(config, folder)
@@ -253,7 +254,6 @@ def check_ranks(config: RunConfig, ranks: int) -> None:
         held = {
             f"agents.{remote}.remote": remote is not None,
             "model.engine: vllm": config.model.engine == "vllm",
-            "trainer.async_depth: 1": config.trainer.async_depth > 0,
         }
         alone = next((what for what, there in held.items() if there), None)
         if alone is not None:
