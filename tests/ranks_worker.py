@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -21,6 +23,7 @@ from ccpo.config import load_recipe
 from ccpo.engines.native import NativeEngine
 from ccpo.errors import RunFailure, UserError
 from ccpo.tasks.procedural import DigitSum
+from ccpo.trainer import ECHO
 from tiny import tiny_model
 
 torch.set_num_threads(1)
@@ -149,15 +152,27 @@ def as_one(comm: Comm) -> dict:
 
 
 class Failing(DigitSum):
-    """Judges, on the last rank, the first steps' answers, and then no more."""
+    """Judges the first steps' answers, and then, where ``judge`` says so, no more. Takes ``pause`` seconds in the thread that plays ahead."""
 
-    calls, error, judge = 0, ValueError("the judge has gone home"), True
+    calls, error, judge, pause = 0, ValueError("the judge has gone home"), True, 0.0
+    asleep = threading.Event()
 
     def verify(self, pairs: Any) -> Any:
         type(self).calls += 1
         if self.judge and type(self).calls > 4:
             raise self.error
+        if threading.current_thread().name == "rollouts":
+            Failing.asleep.set()
+            time.sleep(self.pause)
         return super().verify(pairs)
+
+
+def press_twice() -> None:
+    """Control-C, and again when nothing has come of it."""
+    Failing.asleep.wait(120)
+    for _ in range(2):
+        time.sleep(ECHO + 0.5)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def run_that_fails(comm: Comm, kind: str) -> dict:
@@ -166,6 +181,9 @@ def run_that_fails(comm: Comm, kind: str) -> dict:
     Failing.judge = last and kind != "engine"
     if kind == "user":
         Failing.error = UserError("the judge has gone home")
+    if kind == "hurry":
+        Failing.judge, Failing.pause = False, 60.0 if last else 0.0
+        threading.Thread(target=press_twice, daemon=True).start()
     if kind == "engine" and last:
         generate = NativeEngine.generate
 
@@ -183,7 +201,7 @@ def run_that_fails(comm: Comm, kind: str) -> dict:
             config, task=Failing(digits=(2, 4), size=200), tests={"test": DigitSum(digits=(2, 4), size=50, seed=1)}
         )
         said = ["nothing", ""]
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         said = [type(error).__name__, str(error)]
     threads = [t.name for t in threading.enumerate() if t.name == "rollouts"]
     return {"said": said, "threads": threads}
@@ -191,6 +209,7 @@ def run_that_fails(comm: Comm, kind: str) -> dict:
 
 PARTS = {"talk": talk, "gradient": gradient, "broken": broken, "beside": beside, "as_one": as_one}
 PARTS |= {f"fail_{kind}": partial(run_that_fails, kind=kind) for kind in ("user", "other", "engine")}
+PARTS["hurry"] = partial(run_that_fails, kind="hurry")
 
 if __name__ == "__main__":
     part, folder = sys.argv[1:3]

@@ -15,7 +15,15 @@ import torch
 from test_ranks import RECIPE, ccpo, credit, in_ranks, newest, processes_of, rank_of, same_weights, train, weights
 
 TWO = ("--launch", "torchrun:2")
-AHEAD = ("--set", "trainer.async_depth=1", "--set", "trainer.save_every=0", "--set", "trainer.steps=4")
+SETTINGS = {"trainer.async_depth": 1, "trainer.save_every": 0, "trainer.steps": 4, "task.digits": "[1,2]"}
+SETTINGS |= {
+    "bootstrap.layers": 2,
+    "bootstrap.steps": 200,
+    "bootstrap.noisy_steps": 2,
+    "bootstrap.lr": 3e-3,
+    "bootstrap.batch": 32,
+}
+AHEAD = tuple(word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}"))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +58,9 @@ def test_it_is_the_run_of_one_process(shard, cache, tmp_path):
     for step in (1, 2, 3, 4):
         assert credit(two, step) == credit(alone, step)
     same_weights(two, alone)
-    assert [line["async/updates_behind"] for line in lines(two)] == [0, 1, 1, 1]
+    behind = [line["async/updates_behind"] for line in lines(two)]
+    assert behind == [line["async/updates_behind"] for line in lines(alone)]
+    assert behind[0] == 0 and sum(behind) >= 2, behind
     assert all(line["seconds/communication"] > 0 for line in lines(two))
 
 
@@ -61,7 +71,9 @@ def test_a_run_that_was_cut_at_a_checkpoint_goes_on_bit_for_bit(cache, tmp_path)
     train(cache, str(RECIPE), *settings, "--set", f"run.dir={whole}", "--set", "trainer.steps=6", *TWO)
     train(cache, str(RECIPE), *settings, "--set", f"run.dir={cut}", "--set", "trainer.steps=3", *TWO)
     train(cache, "--resume", str(cut), "--steps", "6", *TWO)
-    assert [line["async/updates_behind"] for line in lines(cut)] == [0, 1, 1, 0, 1, 1]
+    behind = [line["async/updates_behind"] for line in lines(cut)]
+    assert behind == [line["async/updates_behind"] for line in lines(whole)]
+    assert behind[0] == behind[3] == 0 and sum(behind) >= 2, behind
     found, expected = weights(cut), weights(whole)
     assert found and set(found) == set(expected)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
@@ -85,6 +97,17 @@ def test_what_goes_wrong_in_the_thread_of_one_ends_all(kind, of_last, of_others,
     assert not processes_of(tmp_path)
 
 
+@pytest.mark.slow
+def test_a_user_in_a_hurry_does_not_wait_for_a_slow_judge(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("CCPO_CACHE", str(cache))
+    for found in in_ranks(2, "hurry", tmp_path):
+        assert found["said"] == ["KeyboardInterrupt", ""]
+        assert found["threads"] == ["rollouts"], "it is still at it"
+    ended = (tmp_path / "1.json").stat().st_mtime
+    assert time.time() - ended < 20, "the processes end all the same, though a judge sleeps for another minute"
+    assert not processes_of(tmp_path)
+
+
 def started(cache: Path, run: Path) -> subprocess.Popen:
     """A long run of two processes that has done two steps."""
     settings = ("--set", f"run.dir={run}", "--set", "trainer.steps=100000")
@@ -96,13 +119,9 @@ def started(cache: Path, run: Path) -> subprocess.Popen:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signals", [1, 2])
-def test_a_signal_ends_all_and_the_run_goes_on(signals, cache, tmp_path):
-    """One lets the step finish; a second one, after a while, does not even wait for that."""
+def test_a_signal_ends_all_and_the_run_goes_on(cache, tmp_path):
     process = started(cache, run := tmp_path / "run")
-    for _ in range(signals):
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
     out = process.communicate(timeout=60)[0]
     assert "Traceback" not in out, out[-3000:]
     assert not processes_of(run)
