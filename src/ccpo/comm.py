@@ -22,6 +22,7 @@ from ccpo.errors import LostContact, RunFailure, UserError
 
 Result = TypeVar("Result")
 BUCKET = 1 << 25  # numbers that are summed over ranks at a time
+GLANCE = 0.0005  # seconds between looks at whether the others have spoken
 PATIENCE = timedelta(minutes=60)  # how long ranks wait for one that makes a base model or writes a checkpoint
 
 
@@ -184,14 +185,21 @@ class Ranks(Comm):
 
     def _gather(self, data: bytes) -> list[bytes]:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with self._in_contact():
-            self.dist.all_gather(sizes, torch.tensor([len(data)]), group=self.group)
+        self._all_gather(sizes, torch.tensor([len(data)]))
         longest = max(1, *(int(size) for size in sizes))
         padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
         rows = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        with self._in_contact():
-            self.dist.all_gather(rows, padded, group=self.group)
+        self._all_gather(rows, padded)
         return [row[: int(size)].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+    def _all_gather(self, rows: list[Tensor], mine: Tensor) -> None:
+        """A second thread looks now and then, for one that waits within torch cannot be left behind when its process ends: that aborts."""
+        with self._in_contact():
+            said = self.dist.all_gather(rows, mine, group=self.group, async_op=self.group is not None)
+            while said is not None and not said.is_completed():
+                time.sleep(GLANCE)
+            if said is not None:
+                said.wait()
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         with self._clock():
