@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import ccpo
 import ccpo.comm
 from ccpo.bench.update import learner_of, make_rows
 from ccpo.comm import Comm, connect
+from ccpo.config import load_recipe
+from ccpo.engines.native import NativeEngine
 from ccpo.errors import RunFailure, UserError
+from ccpo.tasks.procedural import DigitSum
+from ccpo.trainer import ECHO
 from tiny import tiny_model
 
 torch.set_num_threads(1)
@@ -87,8 +99,120 @@ def broken(comm: Comm) -> dict:
     return {"message": message, "unchanged": same}
 
 
+def beside(comm: Comm) -> dict:
+    """Two threads, each with lines of its own, which talk at different times on different ranks."""
+    other, heard = comm.beside(), []
+
+    def talk() -> None:
+        for i in range(200):
+            if (i + comm.rank) % 5 == 0:
+                time.sleep(0.001)
+            heard.append([d.decode() for d in other.gather(f"thread {i}".encode())])
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    before = comm.seconds
+    main = []
+    for i in range(200):
+        if (i + comm.rank) % 7 == 0:
+            time.sleep(0.001)
+        main.append([d.decode() for d in comm.gather(f"main {i}".encode())])
+    thread.join()
+    right = [main == [[f"main {i}"] * comm.size for i in range(200)]]
+    right += [heard == [[f"thread {i}"] * comm.size for i in range(200)]]
+    return {"right": right, "seconds": [comm.seconds - before, other.seconds]}
+
+
+def as_one(comm: Comm) -> dict:
+    """Errors of one rank within what all do as one: in what is shared out, beside it, and when the others are done."""
+
+    def at(place: str, error: Exception | None) -> Callable[[], str]:
+        def work() -> str:
+            def fail(here: str) -> bytes:
+                if here == place and error is not None and comm.rank == comm.size - 1:
+                    raise error
+                return b""
+
+            comm.everywhere(lambda: fail("shared"))
+            fail("between")
+            comm.everywhere(lambda: b"")
+            fail("last")
+            return "done"
+
+        return work
+
+    found = []
+    for place in ("shared", "between", "last"):
+        for error in (UserError("mine"), ValueError("mine"), None):
+            try:
+                found.append(comm.as_one(at(place, error)))
+            except Exception as raised:
+                found.append([type(raised).__name__, str(raised)])
+    return {"found": found, "after": comm.gather_plain(comm.rank)}
+
+
+class Failing(DigitSum):
+    """Judges the first steps' answers, and then, where ``judge`` says so, no more. Takes ``pause`` seconds in the thread that plays ahead."""
+
+    calls, error, judge, pause = 0, ValueError("the judge has gone home"), True, 0.0
+    asleep = threading.Event()
+
+    def verify(self, pairs: Any) -> Any:
+        type(self).calls += 1
+        if self.judge and type(self).calls > 4:
+            raise self.error
+        if threading.current_thread().name == "rollouts":
+            Failing.asleep.set()
+            time.sleep(self.pause)
+        return super().verify(pairs)
+
+
+def press_twice() -> None:
+    """Control-C, and again when nothing has come of it."""
+    Failing.asleep.wait(120)
+    for _ in range(2):
+        time.sleep(ECHO + 0.5)
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def run_that_fails(comm: Comm, kind: str) -> dict:
+    """A run whose rollouts fail on the last rank, in the thread that plays ahead."""
+    last = comm.rank == comm.size - 1
+    Failing.judge = last and kind != "engine"
+    if kind == "user":
+        Failing.error = UserError("the judge has gone home")
+    if kind == "hurry":
+        Failing.judge, Failing.pause = False, 60.0 if last else 0.0
+        threading.Thread(target=press_twice, daemon=True).start()
+    if kind == "engine" and last:
+        generate = NativeEngine.generate
+
+        def fail(self: Any, requests: Any) -> Any:
+            if threading.current_thread().name == "rollouts":
+                raise MemoryError("no room for this cache")
+            return generate(self, requests)
+
+        NativeEngine.generate = fail  # type: ignore[method-assign]
+    folder = Path(sys.argv[2])
+    settings = [f"run.dir={folder / 'run'}", "trainer.async_depth=1", "trainer.steps=50", "trainer.save_every=0"]
+    config = load_recipe(str(Path(__file__).parent.parent / "benchmarks" / "tiny.yaml"), settings)
+    try:
+        ccpo.train(
+            config, task=Failing(digits=(2, 4), size=200), tests={"test": DigitSum(digits=(2, 4), size=50, seed=1)}
+        )
+        said = ["nothing", ""]
+    except (Exception, KeyboardInterrupt) as error:
+        said = [type(error).__name__, str(error)]
+    threads = [t.name for t in threading.enumerate() if t.name == "rollouts"]
+    return {"said": said, "threads": threads}
+
+
+PARTS = {"talk": talk, "gradient": gradient, "broken": broken, "beside": beside, "as_one": as_one}
+PARTS |= {f"fail_{kind}": partial(run_that_fails, kind=kind) for kind in ("user", "other", "engine")}
+PARTS["hurry"] = partial(run_that_fails, kind="hurry")
+
 if __name__ == "__main__":
     part, folder = sys.argv[1:3]
     with connect(cuda=False) as ranks:
-        said = {"talk": talk, "gradient": gradient, "broken": broken}[part](ranks)
+        said = PARTS[part](ranks)
         (Path(folder) / f"{ranks.rank}.json").write_text(json.dumps(said))

@@ -19,7 +19,7 @@ from ccpo.config import load_recipe
 from ccpo.crew import BEHIND_CAP, importance_cap
 from ccpo.errors import UserError
 from ccpo.rollout import read_episodes
-from ccpo.runs import Reporter, check_ranks
+from ccpo.runs import Reporter
 from ccpo.tasks.procedural import DigitSum
 from test_trainer import metrics, recipe, same, weights
 
@@ -158,11 +158,6 @@ def test_engines_that_share_the_learners_weights_are_refused(tmp_path, model, wo
     with pytest.raises(UserError, match=words) as caught:
         prepare(load_recipe(recipe(tmp_path / "run", trainer=AHEAD, model=model)))
     assert "trainer.async_depth: 0" in str(caught.value)
-
-
-def test_several_processes_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"trainer\.async_depth: 1 goes with one process"):
-        check_ranks(load_recipe(recipe(tmp_path / "run", trainer=AHEAD)), 2)
 
 
 def test_importance_is_weighed_unless_the_ratio_does_it(tmp_path):

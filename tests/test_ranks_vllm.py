@@ -105,6 +105,16 @@ def test_vllm_goes_with_several_processes_and_not_with_shards():
         check_sharding(load_recipe("demo", ["model.engine=vllm", "model.shard=true"]))
 
 
+def test_rollouts_beside_the_update_have_no_lines_to_what_one_process_asks():
+    ahead = ["model.engine=vllm", "trainer.async_depth=1"]
+    with pytest.raises(UserError, match=r"model\.engine: vllm with trainer\.async_depth: 1 goes with one process"):
+        check_ranks(load_recipe("demo", ahead), 2)
+    check_ranks(load_recipe("demo", ahead), 1)
+    remote = ["agents.solver.remote.url=http://localhost:1/v1", "agents.solver.remote.model=m", ahead[1]]
+    with pytest.raises(UserError, match=r"agents\.solver\.remote with trainer\.async_depth: 1"):
+        check_ranks(load_recipe("demo", remote), 2)
+
+
 def test_a_process_that_vllm_could_not_place_is_refused(monkeypatch):
     for name in LAUNCHED_BY:
         monkeypatch.setenv(name, "1")

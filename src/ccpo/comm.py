@@ -10,7 +10,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from copy import copy
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from ccpo.errors import EndpointFailure, EndpointRefusal, LostContact, RunFailur
 
 Result = TypeVar("Result")
 BUCKET = 1 << 25  # numbers that are summed over ranks at a time
+GLANCE = 0.0005  # seconds between looks at whether the others have spoken
 PATIENCE = timedelta(minutes=60)  # how long ranks wait for one that makes a base model or writes a checkpoint
 COURTESY = 5.0  # seconds that ranks wait for the one that tells of an error
 
@@ -47,6 +49,11 @@ class Comm:
 
     def copy(self, tensors: Sequence[Tensor]) -> None:
         """Each tensor becomes rank 0's, in place."""
+
+    def beside(self) -> Comm:
+        """The same ranks over lines of their own, for a second thread: what two threads say over the same lines would meet in one order on
+        one rank and in another on the next. It carries what lies in main memory. All ranks must ask together."""
+        return Comm()
 
     def close(self) -> None:
         """Say goodbye."""
@@ -77,7 +84,9 @@ class Comm:
         said = self.gather(b"+" + data if error is None else b"-" + _packed(error))
         for rank, answer in enumerate(said):
             if answer[:1] == b"-":
-                raise (error if error is not None and rank == self.rank else _unpacked(answer[1:])) from None
+                refusal = error if error is not None and rank == self.rank else _unpacked(answer[1:])
+                refusal.shared = True  # type: ignore[union-attr]
+                raise refusal from None
         return [answer[1:] for answer in said]
 
     def gather_plain(self, value: Any) -> list[Any]:
@@ -96,6 +105,23 @@ class Comm:
 
         self.everywhere(run)
         return kept[0]
+
+    def as_one(self, work: Callable[[], Result]) -> Result:
+        """This rank's ``work()``, in which ranks talk by :meth:`everywhere` and what is made of it alone, once all have done theirs. An error
+        of any kind, raised anywhere in it on one rank, is raised on the others where they talk next: a RunFailure unless it is a UserError."""
+        if self.size == 1:
+            return work()
+        try:
+            done = work()
+        except LostContact:
+            raise
+        except BaseException as error:
+            if not getattr(error, "shared", False):
+                with suppress(LostContact):
+                    self.gather(b"-" + _packed(error))
+            raise
+        self.together(lambda: None)
+        return done
 
     def in_order(self, work: Callable[[], Result]) -> Result:
         """``work()`` on rank 0, and when it is done on the others: what the first leaves on disk, they find."""
@@ -125,10 +151,10 @@ ERRORS: dict[str, type[Exception]] = {
 }
 
 
-def _packed(error: Exception) -> bytes:
-    """As the nearest of its kinds that all know; what an endpoint's end asks of a run is done by all ranks."""
-    kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in ERRORS)
-    return json.dumps([kind, str(error)]).encode()
+def _packed(error: BaseException) -> bytes:
+    """As the nearest of its kinds that all know (what an endpoint's end asks of a run is done by all ranks), else as a failure of the run."""
+    kind = next((kind.__name__ for kind in type(error).__mro__ if kind.__name__ in ERRORS), None)
+    return json.dumps([kind, str(error)] if kind else ["RunFailure", f"{type(error).__name__}: {error}"]).encode()
 
 
 def _unpacked(data: bytes) -> Exception:
@@ -149,6 +175,13 @@ class Ranks(Comm):
         if self.owner:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self.group: Any = None  # that of all
+
+    def beside(self) -> Comm:
+        other = copy(self)
+        other.owner, other.seconds = False, 0.0
+        other.group = self.dist.new_group(backend="gloo", timeout=PATIENCE)
+        return other
 
     def gather(self, data: bytes) -> list[bytes]:
         with self._clock():
@@ -156,21 +189,28 @@ class Ranks(Comm):
 
     def _gather(self, data: bytes) -> list[bytes]:
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        with self._in_contact():
-            self.dist.all_gather(sizes, torch.tensor([len(data)]))
+        self._all_gather(sizes, torch.tensor([len(data)]))
         longest = max(1, *(int(size) for size in sizes))
         padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
         rows = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        with self._in_contact():
-            self.dist.all_gather(rows, padded)
+        self._all_gather(rows, padded)
         return [row[: int(size)].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
+
+    def _all_gather(self, rows: list[Tensor], mine: Tensor) -> None:
+        """A second thread looks now and then, for one that waits within torch cannot be left behind when its process ends: that aborts."""
+        with self._in_contact():
+            said = self.dist.all_gather(rows, mine, group=self.group, async_op=self.group is not None)
+            while said is not None and not said.is_completed():
+                time.sleep(GLANCE)
+            if said is not None:
+                said.wait()
 
     def add(self, tensors: Sequence[Tensor]) -> None:
         with self._clock():
             for bucket in _buckets(tensors):
                 flat = torch.cat([t.flatten() for t in bucket])
                 with self._in_contact():
-                    self.dist.all_reduce(flat)
+                    self.dist.all_reduce(flat, group=self.group)
                 for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
                     tensor.copy_(part.view_as(tensor))
 
@@ -178,7 +218,7 @@ class Ranks(Comm):
         with self._clock():
             for tensor in tensors:
                 with self._in_contact():
-                    self.dist.broadcast(tensor, 0)
+                    self.dist.broadcast(tensor, 0, group=self.group)
 
     def __exit__(self, kind: object = None, error: object = None, trace: object = None) -> None:
         if self.owner and getattr(error, "told", False):

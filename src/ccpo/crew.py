@@ -33,11 +33,21 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 class Crew:
     """Policies by name, the voice of each agent, the frozen voices of removal by ``frozen``, and the learner (None where only evaluating).
-    ``comm``: the ranks that decode and learn together; all begin with rank 0's weights. Agents behind endpoints have a voice and no policy."""
+    ``comm``: the ranks that decode and learn together; all begin with rank 0's weights. ``beside``: the same ranks, as those who speak while
+    others learn hear them (else ``comm``). Agents behind endpoints have a voice and no policy."""
 
-    def __init__(self, setup: Setup, paths: Mapping[str, str], *, train: bool = True, comm: Comm | None = None) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        paths: Mapping[str, str],
+        *,
+        train: bool = True,
+        comm: Comm | None = None,
+        beside: Comm | None = None,
+    ) -> None:
         config = setup.config
         self.setup, self.comm = setup, comm or Comm()
+        self.beside = beside or self.comm
         self.device = pick_device(config)
         self.remotes = self.comm.together(lambda: Remotes(config, setup.team.agent_names, self.comm))
         self._readers = self.remotes.readers()
@@ -85,7 +95,7 @@ class Crew:
                 f"weights, cannot run it: {why}; set trainer.async_depth: 0"
             )
         engine = self._decoder(policy)
-        return engine if self.comm.size == 1 else ShardedEngine(engine, self.comm)
+        return engine if self.comm.size == 1 else ShardedEngine(engine, self.beside)
 
     def _hosts(self, policies: int) -> Hosts:
         """The vLLM instances that the policies will speak through. Of several ranks each has its own on its GPU; a server, the first alone

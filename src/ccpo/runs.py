@@ -157,10 +157,11 @@ def _train(comm: Comm, setup: Setup, folder: RunFolder, speaker: Reporter | None
         torch.set_num_threads(config.run.threads)
     torch.manual_seed(config.run.seed)
     paths, bootstrap_seconds = comm.in_order(lambda: model_paths(setup, reporter))
+    beside = comm.beside() if config.trainer.async_depth else comm
     if comm.size > 1:
-        setup = shared_out(setup, comm)
+        setup = shared_out(setup, beside)
     reporter.note("loading models")
-    crew = Crew(setup, paths, comm=comm)
+    crew = Crew(setup, paths, comm=comm, beside=beside)
     if not config.eval.tasks and "train" in setup.tests:
         reporter.note("no eval.tasks: the team is judged on problems that it is trained on")
     sinks = _sinks(config, folder)
@@ -250,9 +251,12 @@ def check_launch(source: str | Path, overrides: Sequence[str], ranks: int, *, he
 def check_ranks(config: RunConfig, ranks: int) -> None:
     """Raises UserError for more ranks than a step has problems, and for what only one process can do."""
     if ranks > 1 and config.trainer.async_depth:
-        raise UserError(
-            f"trainer.async_depth: 1 goes with one process so far, and there are {ranks}; leave --launch out"
-        )
+        remote = next((f"agents.{a}.remote" for a, section in config.agents.items() if section.remote), None)
+        beside = remote or ("model.engine: vllm" if config.model.engine == "vllm" else None)
+        if beside is not None:
+            raise UserError(
+                f"{beside} with trainer.async_depth: 1 goes with one process so far, and there are {ranks}; leave one of the two out, or --launch"
+            )
     prompts = config.rollout.prompts
     if ranks > prompts:
         raise UserError(

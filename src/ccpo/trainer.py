@@ -71,7 +71,7 @@ class Trainer:
         if self.ratings is not None:
             Rater(team=setup.team, voices=crew.voices(), limits=setup.limits, ask=self.ratings).check()
         self.step = 0
-        self.ahead = Ahead(crew.policies)
+        self.ahead = Ahead(crew.policies, crew.beside)
         self.stopping: int | None = None
         self.held: dict[
             str, float
@@ -206,7 +206,7 @@ class Trainer:
         metrics |= self._alarms(played, *paid, metrics)
         seconds["alarms"] = time.monotonic() - started
         if comm.size > 1:
-            seconds["communication"] = comm.seconds - talked
+            seconds["communication"] = comm.seconds - talked + played.seconds.get("communication", 0.0)
         return metrics | waited | self._costs(played, clock, seconds)
 
     def _alarms(self, played: Played, credit: Any, advantage: Any, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -224,7 +224,10 @@ class Trainer:
         try:
             if self.ahead.running:
                 return self.ahead.take()
-            return self.play(self.step)(), {"async/updates_behind": 0.0, "seconds/waiting": 0.0} if asynchronous else {}
+            play = self.play(self.step)
+            if asynchronous:
+                return self.ahead.play(play), {"async/updates_behind": 0.0, "seconds/waiting": 0.0}
+            return play(), {}
         finally:
             self._keep_costs()
 

@@ -254,6 +254,7 @@ class StandInCrew:
     def __init__(self, voices: Mapping[str, Voice], frozen: Mapping[str, Voice]) -> None:
         self._voices, self.frozen_voices = dict(voices), dict(frozen)
         self.comm, self.remotes, self.learner = Comm(), NoRemotes(), NotingLearner()
+        self.beside = self.comm
         self.policies: dict[str, Any] = {}
 
     def voices(self) -> dict[str, Voice]:
