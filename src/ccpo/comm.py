@@ -22,6 +22,7 @@ from ccpo.errors import EndpointFailure, EndpointRefusal, LostContact, RunFailur
 
 Result = TypeVar("Result")
 BUCKET = 1 << 25  # numbers that are summed over ranks at a time
+BESIDE = 2048  # bytes that travel beside their number
 GLANCE = 0.0005  # seconds between looks at whether the others have spoken
 PATIENCE = timedelta(minutes=60)  # how long ranks wait for one that makes a base model or writes a checkpoint
 COURTESY = 5.0  # seconds that ranks wait for the one that tells of an error
@@ -188,13 +189,18 @@ class Ranks(Comm):
             return self._gather(data)
 
     def _gather(self, data: bytes) -> list[bytes]:
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        self._all_gather(sizes, torch.tensor([len(data)]))
-        longest = max(1, *(int(size) for size in sizes))
-        padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8)
-        rows = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        self._all_gather(rows, padded)
-        return [row[: int(size)].numpy().tobytes() for row, size in zip(rows, sizes, strict=True)]
+        """Each rank's length and what fits beside it, in one round; what did not fit in a second."""
+        first = self._round(len(data).to_bytes(8, "little") + data[:BESIDE], 8 + BESIDE)
+        sizes = [int.from_bytes(row[:8], "little") for row in first]
+        rest = max(sizes) - BESIDE
+        second = self._round(data[BESIDE:], rest) if rest > 0 else [b""] * self.size
+        return [(row[8:] + more)[:size] for row, more, size in zip(first, second, sizes, strict=True)]
+
+    def _round(self, data: bytes, length: int) -> list[bytes]:
+        """Every rank's bytes, filled up to ``length``."""
+        rows = [torch.empty(length, dtype=torch.uint8) for _ in range(self.size)]
+        self._all_gather(rows, torch.frombuffer(bytearray(data.ljust(length, b"\0")), dtype=torch.uint8))
+        return [row.numpy().tobytes() for row in rows]
 
     def _all_gather(self, rows: list[Tensor], mine: Tensor) -> None:
         """A second thread looks now and then, for one that waits within torch cannot be left behind when its process ends: that aborts."""

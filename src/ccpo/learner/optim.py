@@ -53,18 +53,20 @@ class PolicyOptimizer:
             list(self.parameters.values()), lr=policy.lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
         )
 
-    def all_gradients(self, comm: Comm) -> list[Tensor]:
-        """The gradients of all weights that have one on any rank, zeros where this rank has none; nothing for one process."""
+    def sum_over(self, comm: Comm, others: list[Tensor]) -> None:
+        """The gradients, and ``others`` (float64), become their sums over ranks. A weight that has a gradient on no rank is left without."""
         if comm.size == 1 or is_sharded(self.policy.model):
-            return []  # FSDP has summed them
+            comm.add(others)  # FSDP has summed the gradients
+            return
         parameters = list(self.parameters.values())
-        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32)
-        comm.add([there])
-        wanted = [p for p, count in zip(parameters, there.tolist(), strict=True) if count]
-        for parameter in wanted:
+        there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float64, device=others[0].device)
+        for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        return [p.grad for p in wanted if p.grad is not None]
+        comm.add([*others, there, *(p.grad for p in parameters if p.grad is not None)])
+        for parameter, count in zip(parameters, there.tolist(), strict=True):
+            if not count:
+                parameter.grad = None
 
     def clip(self) -> Tensor:
         """Scale the gradients to the largest norm allowed; returns the norm before."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ccpo.comm import Comm, deal
-from ccpo.errors import RunFailure
 from ccpo.families import compute_dtype, is_sharded
 from ccpo.learner import forward
 from ccpo.learner.failure import refuse
@@ -262,9 +261,11 @@ class Learner:
         by_agent = {agent: torch.zeros((), dtype=torch.float64, device=self.policies[name].device) for agent in agents}
         for loss, (share, _, _) in zip(losses, live, strict=True):
             by_agent[share.agent] += loss
-        self.comm.add([*by_agent.values(), *optimizer.all_gradients(self.comm)])
+        optimizer.sum_over(self.comm, list(by_agent.values()))
         norm = optimizer.clip()
-        self._check(name, losses, norm, live, step, failure_folder)
+        seen = torch.stack([*by_agent.values(), norm.double()]).tolist()  # a look makes the host wait: one an update
+        if not all(map(math.isfinite, seen)):
+            self._refuse(name, losses, norm, live, step, failure_folder)
         rate = optimizer.step(factor)
         for agent in agents:
             meters.mean(agent, "loss", by_agent[agent])
@@ -297,7 +298,7 @@ class Learner:
                     meters.tokens(share.agent, mismatch(logprob_BT, batch.engine_BT, batch.mask_BT), batch.tokens)
         return losses
 
-    def _check(
+    def _refuse(
         self,
         name: str,
         losses: list[Tensor],
@@ -306,17 +307,14 @@ class Learner:
         step: int,
         failure_folder: Path,
     ) -> None:
-        """Raises RunFailure unless all is finite, on all ranks. Looked at once an update: a look makes the host wait."""
+        """Raises RunFailure on all ranks, for what is not finite on one of them; all have seen the sums, and so come here together."""
         values = torch.stack([*losses, norm.to(losses[0].dtype if losses else norm.dtype)]).tolist()
         broken = [i for i, value in enumerate(values[:-1]) if not math.isfinite(value)]
-        sound = not broken and math.isfinite(values[-1])
-        if self.comm.size == 1 and sound:
-            return
         if self.comm.size > 1:
             failure_folder = failure_folder / f"rank-{self.comm.rank}"
 
         def refuse_mine() -> None:
-            if sound:
+            if not broken and math.isfinite(values[-1]):
                 return
             what, value = ("loss", values[broken[0]]) if broken else ("gradient norm", values[-1])
             at = [
@@ -328,9 +326,8 @@ class Learner:
 
         try:
             self.comm.together(refuse_mine)
-        except RunFailure:
+        finally:
             self.optimizers[name].clear()
-            raise
 
     def _dtype(self, policy: Policy) -> torch.dtype:
         return self._compute or compute_dtype(policy.device)
