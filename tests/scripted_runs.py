@@ -59,6 +59,7 @@ class ScriptedCrew:
     def __init__(self, spoken: Mapping[str, Voice], metrics: Mapping[str, float]) -> None:
         self.spoken, self.frozen_voices, self.learner = dict(spoken), {}, StillLearner(metrics)
         self.comm, self.remotes, self.policies = Comm(), NoRemotes(), {}
+        self.beside = self.comm
 
     def rest(self) -> None:
         pass
