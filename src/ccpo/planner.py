@@ -31,10 +31,9 @@ class Planner:
         levels = len(self.team.levels)
         if levels == 1:
             return (self.samples,)
-        variances, costs = self.state.get("variances"), self.state.get("costs")
-        if variances is None or costs is None or step % PROBE_EVERY == 0:
+        if "variances" not in self.state or step % PROBE_EVERY == 0:
             return probe_branch(levels, self.samples)
-        return best_branch(variances, costs, self.samples)
+        return best_branch(self.state["variances"], self.state["costs"], self.samples)
 
     def learn(self, played: Played, branch: Sequence[int]) -> None:
         """Take in what a step has shown."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ccpo.engines.native import PREFILL_TOKENS
 from ccpo.engines.products import Product, products
 
-PER_LAYER = 5  # the matrices of the last layer, and the head
+LAST = 5  # the matrices of the last layer, and the head
 
 
 def matrices(model: Any, dtype: torch.dtype) -> list[Tensor]:
@@ -32,39 +32,41 @@ def matrices(model: Any, dtype: torch.dtype) -> list[Tensor]:
 def forward_limit(model: Any, rows: int, dtype: torch.dtype) -> Callable[[], None]:
     """One pass of ``rows`` tokens through all matrices, packed where that is faster."""
     every = [_product(w) for w in matrices(model, dtype)]
-    device = next(model.parameters()).device
-    inputs = {p.shape[1]: torch.randn(rows, p.shape[1], device=device).to(dtype) for p in every}
-
-    def run() -> None:
-        with torch.inference_mode():
-            for product in every:
-                product(inputs[product.shape[1]])
-
-    return run
+    inputs = _inputs(model, every, [rows], dtype)
+    return lambda: _multiply(every, inputs, rows)
 
 
 def decoding_limit(model: Any, sizes: Sequence[int], new: int, dtype: torch.dtype) -> Callable[[], None]:
     """The products that decoding cannot do without: all prompt tokens (``sizes`` of each row) through the matrices, of the last layer only
     through those of its keys and values, and of the head at each row's last; then ``new - 1`` passes of a token a row."""
     every, rows = [_product(w) for w in matrices(model, dtype)], len(sizes)
-    device = next(model.parameters()).device
-    body, head = every[:-PER_LAYER], every[-1]
-    keys_values = _product(_keys_values(model, dtype))
-    step = forward_limit(model, rows, dtype)
+    prompts = [*every[:-LAST], _product(_keys_values(model, dtype))]
     parts = [min(PREFILL_TOKENS, sum(sizes) - start) for start in range(0, sum(sizes), PREFILL_TOKENS)]
-    widths = {p.shape[1] for p in every}
-    inputs = {(n, w): torch.randn(n, w, device=device).to(dtype) for n in {*parts, rows} for w in widths}
+    inputs = _inputs(model, every, [*parts, rows], dtype)
 
     def run() -> None:
-        with torch.inference_mode():
-            for count in parts:
-                for product in (*body, keys_values):
-                    product(inputs[count, product.shape[1]])
-            head(inputs[rows, head.shape[1]])
+        for count in parts:
+            _multiply(prompts, inputs, count)
+        _multiply(every[-1:], inputs, rows)
         for _ in range(new - 1):
-            step()
+            _multiply(every, inputs, rows)
 
     return run
+
+
+def _inputs(
+    model: Any, every: Sequence[Product], counts: Sequence[int], dtype: torch.dtype
+) -> dict[tuple[int, int], Tensor]:
+    """Random tokens, by their number and width."""
+    device = next(model.parameters()).device
+    widths = {p.shape[1] for p in every}
+    return {(n, w): torch.randn(n, w, device=device).to(dtype) for n in {*counts} for w in widths}
+
+
+def _multiply(every: Sequence[Product], inputs: Mapping[tuple[int, int], Tensor], count: int) -> None:
+    with torch.inference_mode():
+        for product in every:
+            product(inputs[count, product.shape[1]])
 
 
 def _keys_values(model: Any, dtype: torch.dtype) -> Tensor:

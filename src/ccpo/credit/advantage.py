@@ -12,6 +12,7 @@ A group that does not tell its members apart says nothing: its advantages are ex
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -99,7 +100,7 @@ ESTIMATORS: dict[str, Estimator] = {
 }
 
 
-class Siblings:
+class Siblings(ABC):
     """Groups, their credit in 64 bits, and what a formula needs of them. ``centred``: each member's distance from its group's mean;
     it is taken from the group's first member before anything is averaged, so that it is exactly 0 in a group without spread: rounding
     of the mean would else be divided by 1e-6. ``count``, ``others`` (``count - 1``, at least 1) and ``mean`` are the group's."""
@@ -112,9 +113,9 @@ class Siblings:
         self.mean = first + shift
         self.centred = from_first.sub_(shift)
 
+    @abstractmethod
     def sum(self, values: Tensor) -> Tensor:
         """The sum over each group, in a shape that meets ``centred``."""
-        raise NotImplementedError
 
 
 class Table(Siblings):

@@ -46,9 +46,8 @@ class Reader:
         self._guarded_ids = frozenset(guarded.values())
         self._begin = () if self.chat else _beginning(tokenizer)
         self.expected: dict[Any, tuple[int, ...]] = {}  # special tokens of frames that were seen
-        self._prompts: dict[
-            tuple[str, str | None], Prompt
-        ] = {}  # latest prompts: the samples of a problem ask for one N times
+        # the latest prompts: the samples of a problem ask for one N times
+        self._prompts: dict[tuple[str, str | None], Prompt] = {}
 
     def frame(self, user: str, system: str | None) -> str:
         """The whole prompt around ``user``: through the chat template, or plain text where the tokenizer has none.
