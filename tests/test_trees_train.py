@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,18 @@ def test_the_planner_probes_and_then_uses_what_it_has_seen():
     assert planner.branch(PROBE_EVERY) == (4, 2)
     assert planner.branch(1) == (8, 1)
     assert Planner(chain(1), 8).branch(0) == (8,)
+
+
+def test_one_step_with_long_texts_does_not_turn_the_layout(monkeypatch):
+    """The costs of one step are a sample: what is planned with is their moving mean, which starts at the first step's own."""
+    planner, played = Planner(think_solve(), 8), SimpleNamespace(reward_PN=torch.zeros(2, 8))
+    planner.state["variances"] = [0.1, 0.1]
+    layouts = []
+    for costs in ([20.0, 2.0], [20.0, 2.0], [2.0, 20.0], [20.0, 2.0], *[[2.0, 20.0]] * 10):
+        monkeypatch.setattr("ccpo.planner._costs", lambda *_, costs=costs: costs)
+        planner.learn(played, (8, 1))
+        layouts.append(planner.branch(1))
+    assert layouts[:4] == [(4, 2)] * 4 and layouts[-1] == (8, 1)
 
 
 def test_the_metrics_of_trees_votes_and_process_rewards_are_documented(tmp_path):

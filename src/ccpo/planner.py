@@ -11,7 +11,7 @@ from ccpo.rollout import Played
 from ccpo.teams import Team
 
 PROBE_EVERY = 20
-DECAY = 0.8  # of the moving variances, by probe
+DECAY = 0.8  # of the moving means: of the variances by probe, of the costs by step
 
 
 class Planner:
@@ -39,11 +39,14 @@ class Planner:
         """Take in what a step has shown."""
         if len(branch) == 1:
             return
-        self.state["costs"] = _costs(self.team, played)
+        self._move("costs", _costs(self.team, played))
         if min(branch) >= 2:
-            seen = components(played.reward_PN, branch)
-            before = self.state.get("variances", seen)
-            self.state["variances"] = [DECAY * b + (1 - DECAY) * s for b, s in zip(before, seen, strict=True)]
+            self._move("variances", components(played.reward_PN, branch))
+
+    def _move(self, name: str, seen: Sequence[float]) -> None:
+        """Move a mean towards what was seen: of one step alone it would make the layout waver where two are nearly as good."""
+        before = self.state.get(name, seen)
+        self.state[name] = [DECAY * b + (1 - DECAY) * s for b, s in zip(before, seen, strict=True)]
 
     def metrics(self, branch: Sequence[int]) -> dict[str, float]:
         found = {f"layout/level{depth}_texts": float(count) for depth, count in enumerate(branch)}
