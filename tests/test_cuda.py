@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ccpo.bench import decode, update
@@ -94,3 +100,81 @@ def test_a_run(tmp_path):
     assert done.exit_code == 0, done.output
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
+
+
+RECIPE = Path(__file__).parents[1] / "benchmarks" / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "alone"
+    train(run)
+    return run
+
+
+def train(run: Path, *settings: str, launcher: tuple[str, ...] = ()) -> str:
+    """The smallest team that learns, on the GPU, in a process of its own."""
+    sets = [f"run.dir={run}", "run.device=cuda", *settings]
+    command = [*launcher, "-m", "ccpo", "train", str(RECIPE), *(word for each in sets for word in ("--set", each))]
+    env = {**os.environ, "CCPO_CACHE": str(run.parent.parent / "cache")}
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").glob("step-*"))[-1]
+    files = sorted(newest.glob("policies/*/model*.safetensors"))
+    return {f"{f.parent.name}.{name}": tensor for f in files for name, tensor in load_file(f).items()}
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_rank_that_speaks_nccl_ends_with_the_weights_of_a_process_alone(shard, alone, tmp_path):
+    run = tmp_path / "run"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
+    train(run, f"model.shard={shard}".lower(), launcher=torchrun)
+    found, expected = weights(run), weights(alone)
+    assert found and set(found) == set(expected)
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, expected[name], atol=1e-4), name
+
+
+def test_nccl_adds_gathers_and_copies(tmp_path):
+    """What ranks ask of one another, over NCCL where tensors lie on the GPU; a group of one, for a single card."""
+    program = """
+import torch
+from ccpo.comm import Ranks
+ranks = Ranks(cuda=True)
+there, here = torch.arange(5.0, device="cuda"), torch.arange(3.0)
+ranks.add([there]); ranks.copy([there]); ranks.add([here])
+assert there.tolist() == [0, 1, 2, 3, 4] and here.tolist() == [0, 1, 2]
+assert ranks.gather(b"x" * 5000) == [b"x" * 5000]
+beside = ranks.beside()
+assert beside.gather(b"y") == [b"y"]
+print(torch.distributed.get_backend(), ranks.size)
+ranks.close()
+"""
+    (tmp_path / "program.py").write_text(program)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", str(tmp_path / "program.py")]
+    done = subprocess.run([sys.executable, *launcher], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "nccl" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("trainer.async_depth=1", "trainer.save_every=0"),
+        ("model.sharing=lora",),
+        ("credit.kind=auto", "rollout.samples=8"),
+    ],
+    ids=["beside the update", "adapters", "auto"],
+)
+def test_a_run_of_another_kind(settings, tmp_path):
+    run = tmp_path / "runs" / "run"
+    train(run, *settings)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    if settings[0] == "trainer.async_depth=1":
+        assert any(line.get("async/updates_behind", 0) > 0 for line in lines)
