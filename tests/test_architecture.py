@@ -66,6 +66,7 @@ TOP = {
     "ahead",
     "pay",
     "planner",
+    "rating_lessons",
     "remotes",
     "plot",
     "runs",

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import string
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import pairwise, permutations
@@ -18,11 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2Config
 
 import ccpo
 import ccpo.crew
-from ccpo.bootstrap import Lessons, character_tokenizer
 from ccpo.build import prepare
 from ccpo.config import load_recipe
 from ccpo.credit import ESTIMATORS, RULES, SelfEval, SharedReward
@@ -30,7 +27,7 @@ from ccpo.credit.self_eval import deviation, merged_shares, scripted_shares
 from ccpo.credit.telemetry import correlation
 from ccpo.errors import UserError
 from ccpo.rollout import read_episodes
-from ccpo.teams import PlayTeam, rating_turn, speakers
+from ccpo.teams import PlayTeam
 from ccpo.types import CreditInputs
 
 torch.set_num_threads(1)
@@ -469,88 +466,3 @@ def test_whatever_raters_say_the_run_goes_on(tmp_path: Path, rigged: Any) -> Non
     assert [line["rating/valid"] for line in lines] == [0, 0]
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert lines[0]["reward/team"] == plain[0]["reward/team"]
-
-
-# ---- a real model that has learnt to rate
-
-RATE = "R{problem}:{thinker}:{solver}|{OUTCOME}|"
-
-
-class RatingLessons(Lessons):
-    """Demonstrations of the team's turns and of a rating: a success is 0.7 the thinker's, a failure 0.2. One rating in ten is no
-    JSON."""
-
-    def lesson(self, *, noisy: bool) -> list[tuple[list[int], list[int], bool]]:
-        pairs = super().lesson(noisy=noisy)
-        problem = self.task[(self.count - 1) % len(self.task)]
-        thought = self.task.teach(problem, "thinker", {}, self.rng, 0.5)
-        answer = self.rng.choice([thought[-1], str(self.rng.randrange(10))])
-        outcome = "correct" if answer == problem.answer else "wrong"
-        pair = "[0.7,0.3]" if outcome == "correct" else "[0.2,0.8]"
-        said = f'{{"outcome":"{outcome}","pair":{pair}}}' if self.rng.random() < 0.9 else "no idea"
-        names = speakers(self.team.turns_in_order)
-        turn = rating_turn("thinker", self.team.agent_names, names, outcome, RATE)
-        prompt = turn.render({"problem": problem.text, "thinker": thought, "solver": answer})
-        return [*pairs, (self._ids(prompt), [*self._ids(said), self.tokenizer.eos_token_id], True)]
-
-
-def taught(folder: Path) -> Path:
-    """The folder of a tiny model that can play its part of digit sums and rate."""
-    config = load_recipe(recipe(folder / "unused"))
-    setup = prepare(config)
-    section = config.bootstrap.model_copy(update={"hidden": 64, "mlp": 128, "heads": 4, "kv_heads": 2, "batch": 48})
-    tokenizer = character_tokenizer(string.printable[:95])
-    shape = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=128,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(shape, attn_implementation="eager")
-    lessons = RatingLessons(setup.team, setup.task, section, tokenizer)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(400):
-        pairs = lessons.batch(48, noisy=True)
-        L = max(len(p) + len(s) for p, s, _ in pairs)
-        ids_BL, labels_BL = torch.zeros(48, L, dtype=torch.long), torch.full((48, L), -100)
-        for row, (prompt, said, _) in enumerate(pairs):
-            ids_BL[row, : len(prompt) + len(said)] = torch.tensor(prompt + said)
-            labels_BL[row, len(prompt) : len(prompt) + len(said)] = torch.tensor(said)
-        optimiser.zero_grad()
-        model(input_ids=ids_BL, labels=labels_BL).loss.backward()
-        optimiser.step()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.slow
-def test_a_real_model_that_has_learnt_to_rate(tmp_path: Path) -> None:
-    sections = {
-        "model": {"path": str(taught(tmp_path / "model"))},
-        "credit": {"prompt": RATE, "max_tokens": 48},
-        "rollout": {"prompts": 32, "samples": 8},
-    }
-    ccpo.train(recipe(tmp_path / "run", **sections))
-    lines = metrics(tmp_path / "run")
-    for line in lines:
-        assert 0.5 < line["rating/valid"] < 1  # it was taught to fail now and then
-        assert line["rating/agreement"] > 0.5  # each rater samples its own words
-        assert line["credit/thinker/same_as_shared"] == 0
-    said: dict[bool, list[float]] = {True: [], False: []}
-    for group, _ in read_episodes(tmp_path / "run" / "episodes" / "step-000001.jsonl.gz"):
-        for rollout in group.rollouts:
-            said[rollout.reward == 1] += [r.shares[0] for r in rollout.ratings.values() if r.valid]
-    success, failure = (sum(shares) / len(shares) for shares in (said[True], said[False]))
-    assert success == pytest.approx(0.7, abs=0.1)
-    assert failure == pytest.approx(0.2, abs=0.1)
-    ccpo.train(recipe(tmp_path / "strict", **sections | {"credit": {**sections["credit"], "strict": True}}))
-    assert metrics(tmp_path / "strict")[0]["rating/valid"] <= lines[0]["rating/valid"]

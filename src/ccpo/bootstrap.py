@@ -23,6 +23,7 @@ from torch import Tensor
 from ccpo.config import BootstrapSection
 from ccpo.errors import UserError
 from ccpo.learner.loading import quiet
+from ccpo.rating_lessons import RatingLessons
 from ccpo.tasks.procedural import ProceduralTask
 from ccpo.teams import Team
 
@@ -39,9 +40,15 @@ def cache_folder() -> Path:
 
 
 def bootstrap(
-    team: Team, task: ProceduralTask, section: BootstrapSection, report: Callable[[str], None] = lambda _: None
+    team: Team,
+    task: ProceduralTask,
+    section: BootstrapSection,
+    report: Callable[[str], None] = lambda _: None,
+    *,
+    rating_prompt: str | None = None,
 ) -> tuple[Path, float]:
-    """The folder of the base model for ``team`` on ``task``, and the seconds spent on making it (0.0 where it was cached).
+    """The folder of the base model for ``team`` on ``task``, and the seconds spent on making it (0.0 where it was cached). With a
+    ``rating_prompt`` it learns to rate, too.
 
     Raises UserError where the task has no teacher.
     """
@@ -55,11 +62,12 @@ def bootstrap(
             f"model.path is 'bootstrap', but team {team.name!r} is a Python function, whose turns nobody can demonstrate; "
             "set model.path to a Hugging Face model"
         )
-    folder = cache_folder() / f"base-{_fingerprint(team, task, section)}"
+    ratings = None if rating_prompt is None else RatingLessons(team, task, rating_prompt, section.rating_noise)
+    folder = cache_folder() / f"base-{_fingerprint(team, task, section, ratings)}"
     if section.cache and (folder / "done.json").is_file():
         return folder, 0.0
     started = time.monotonic()
-    model, tokenizer = train_base(team, task, section, report)
+    model, tokenizer = train_base(team, task, section, report, ratings)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     with quiet():
@@ -77,21 +85,24 @@ def bootstrap(
     return folder, seconds
 
 
-def _fingerprint(team: Team, task: ProceduralTask, section: BootstrapSection) -> str:
+def _fingerprint(team: Team, task: ProceduralTask, section: BootstrapSection, ratings: RatingLessons | None) -> str:
     turns = [(t.name, t.template) for t in team.turns]
-    characters = _characters(team, task)
-    recipe = json.dumps([VERSION, turns, characters, repr(task), section.model_dump(exclude={"cache"})], sort_keys=True)
-    return hashlib.sha256(recipe.encode()).hexdigest()[:16]
+    said = section.model_dump(exclude={"cache", "ratings", "rating_noise"})
+    what = [VERSION, turns, _characters(team, task, ratings), repr(task), said]
+    if ratings is not None:
+        what += [ratings.prompt, ratings.noise]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _characters(team: Team, task: ProceduralTask) -> str:
+def _characters(team: Team, task: ProceduralTask, ratings: RatingLessons | None = None) -> str:
     """Every character that the base model can read and write."""
-    return "".join(sorted(set(task.alphabet + "".join(t.template for t in team.turns))))
+    texts = [task.alphabet, *(t.template for t in team.turns), *(ratings.texts() if ratings else ())]
+    return "".join(sorted(set("".join(texts))))
 
 
-def base_tokenizer(team: Team, task: ProceduralTask):
+def base_tokenizer(team: Team, task: ProceduralTask, ratings: RatingLessons | None = None):
     """The tokenizer that the base model for ``team`` on ``task`` gets."""
-    return character_tokenizer(_characters(team, task))
+    return character_tokenizer(_characters(team, task, ratings))
 
 
 def character_tokenizer(alphabet: str):
@@ -118,11 +129,17 @@ def character_tokenizer(alphabet: str):
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)
 
 
-def train_base(team: Team, task: ProceduralTask, section: BootstrapSection, report: Callable[[str], None]):
+def train_base(
+    team: Team,
+    task: ProceduralTask,
+    section: BootstrapSection,
+    report: Callable[[str], None],
+    ratings: RatingLessons | None = None,
+):
     """Train the base model; returns it with its tokenizer."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    tokenizer = base_tokenizer(team, task)
+    tokenizer = base_tokenizer(team, task, ratings)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=section.hidden,
@@ -139,7 +156,7 @@ def train_base(team: Team, task: ProceduralTask, section: BootstrapSection, repo
     with torch.random.fork_rng():
         torch.manual_seed(section.seed)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    lessons = Lessons(team, task, section, tokenizer)
+    lessons = Lessons(team, task, section, tokenizer, ratings)
     _learn_skill(model, lessons, section, report)
     _learn_carelessness(model, lessons, section, report)
     return model, tokenizer
@@ -196,18 +213,28 @@ def _update(model, optimiser: torch.optim.Optimizer, loss: Tensor, lr: float) ->
 
 
 class Lessons:
-    """Demonstrations of every turn of the team, rendered through the team's own templates."""
+    """Demonstrations of every turn of the team, rendered through the team's own templates, and, where they are wanted, one rating for every
+    four of them. Those of the turns are the same with ratings and without."""
 
-    def __init__(self, team: Team, task: ProceduralTask, section: BootstrapSection, tokenizer) -> None:
+    def __init__(
+        self,
+        team: Team,
+        task: ProceduralTask,
+        section: BootstrapSection,
+        tokenizer,
+        ratings: RatingLessons | None = None,
+    ) -> None:
         self.team, self.task, self.section, self.tokenizer = team, task, section, tokenizer
         self.rng = random.Random(f"lessons/{section.seed}")
+        self.ratings = ratings
+        self.rating_rng = random.Random(f"ratings/{section.seed}")
         self.count = 0
 
     def batch(self, size: int, *, noisy: bool) -> list[Pair]:
         pairs: list[Pair] = []
         while len(pairs) < size:
             pairs += self.lesson(noisy=noisy)
-        return pairs[:size]
+        return [*pairs[:size], *(self.rating() for _ in range(size // 4 if self.ratings else 0))]
 
     def lesson(self, *, noisy: bool) -> list[Pair]:
         """One problem played by the teacher: a pair for each turn."""
@@ -225,6 +252,16 @@ class Lessons:
             known = not (alone and turn.reads)
             pairs.append((self._ids(prompt), [*self._ids(said[turn.name]), self.tokenizer.eos_token_id], known))
         return pairs
+
+    def rating(self) -> Pair:
+        """A careless play and a rating of it. What made an agent wrong can be seen only as far as the skill goes: it counts as not known."""
+        rng = self.rating_rng
+        problem, said = self.task[rng.randrange(len(self.task))], dict[str, str]()
+        for turn in self.team.turns_in_order:
+            heard = {name: said[name] for name in turn.reads}
+            said[turn.name] = self.task.teach(problem, turn.name, heard, rng, self._noise(turn.name))
+        prompt, words = self.ratings.lesson(problem, said, rng)
+        return self._ids(prompt), [*self._ids(words), self.tokenizer.eos_token_id], False
 
     def _noise(self, turn: str) -> float:
         noise = self.section.noise

@@ -91,6 +91,8 @@ def prepare(
     _check_process(config, team, task)
     if ratings_of(rule) is not None:
         check_raters(team, ratings_of(rule).prompt)
+    if config.bootstrap.ratings:
+        _check_rating_lessons(rule)
     ProblemSampler(
         total=len(task), batch=config.rollout.prompts, seed=config.run.seed
     )  # refuses a task smaller than a step
@@ -143,6 +145,25 @@ def ratings_of(rule: Any) -> AskRatings | None:
         return None
     asked = {f.name: getattr(rule, f.name) for f in fields(AskRatings) if hasattr(rule, f.name)}
     return AskRatings(**asked)
+
+
+def rating_lessons_of(setup: Setup) -> str | None:
+    """The prompt by which the tiny base model learns to rate; None where it does not."""
+    asked = ratings_of(setup.rule)
+    return asked.prompt if asked is not None and setup.config.bootstrap.ratings else None
+
+
+def _check_rating_lessons(rule: Any) -> None:
+    asked = ratings_of(rule)
+    if asked is None:
+        raise UserError(
+            "bootstrap.ratings is true, but the credit rule asks for no ratings; set credit.kind: sepo, or bootstrap.ratings: false"
+        )
+    if asked.prompt is None:
+        raise UserError(
+            "bootstrap.ratings is true, but credit.prompt is not set, and the library's own rating prompt is too long for the tiny base "
+            "model; give it a short one, for example credit.prompt: 'R{problem}:{upstream}|{OUTCOME}|'"
+        )
 
 
 def _check_agents(config: RunConfig, team: Team | PlayTeam) -> None:

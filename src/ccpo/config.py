@@ -95,6 +95,8 @@ class BootstrapSection(Section):
     noisy_steps: int = Field(150, ge=0, description="further steps on demonstrations of which some are wrong")
     noise: Share | dict[str, Share] = Field(0.6, description="share of wrong demonstrations, for all turns or per turn")
     solo: float = Field(0.25, ge=0, le=1, description="share of demonstrations that lack the upstream messages")
+    ratings: bool = Field(False, description="whether it learns to rate plays too, for SEPO, by `credit.prompt`")
+    rating_noise: Share = Field(0.1, description="share of demonstrated ratings that are drawn at random")
     batch: int = Field(128, ge=1)
     lr: float = Field(1e-3, gt=0)
     noisy_lr: float = Field(3e-4, gt=0)

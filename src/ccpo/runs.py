@@ -16,7 +16,7 @@ import torch
 
 from ccpo.alarms import Alarm
 from ccpo.bootstrap import bootstrap
-from ccpo.build import Setup, is_remote, prepare
+from ccpo.build import Setup, is_remote, prepare, rating_lessons_of
 from ccpo.comm import Comm, connect
 from ccpo.config import RunConfig, load_recipe
 from ccpo.crew import Crew, pick_device
@@ -275,7 +275,8 @@ def model_paths(setup: Setup, reporter: Reporter) -> tuple[dict[str, str], float
     }
     if "bootstrap" not in wanted.values():
         return wanted, 0.0
-    folder, seconds = bootstrap(setup.team, setup.task, config.bootstrap, reporter.note)
+    prompt = rating_lessons_of(setup)
+    folder, seconds = bootstrap(setup.team, setup.task, config.bootstrap, reporter.note, rating_prompt=prompt)
     return {name: str(folder) if path == "bootstrap" else path for name, path in wanted.items()}, seconds
 
 
