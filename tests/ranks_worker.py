@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ccpo.comm import Comm, connect
 from ccpo.config import load_recipe
 from ccpo.engines.native import NativeEngine
 from ccpo.errors import RunFailure, UserError
+from ccpo.learner import Learner
 from ccpo.tasks.procedural import DigitSum
 from ccpo.trainer import ECHO
 from tiny import tiny_model
@@ -61,22 +63,30 @@ def talk(comm: Comm) -> dict:
 
 
 def gradient(comm: Comm) -> dict:
-    """The gradient of one update of rows that all ranks are given, and what is measured."""
-    rows = make_rows(3, 4, 9, 12, ragged=True)
-    if comm.rank == 0:
-        rows = list(rows)
-    learner = learner_of(tiny_model(vocab=101), torch.float32)
-    learner.comm = comm
-    optimizer, found = learner.optimizers["a"], []
-    optimizer.max_grad_norm = float("inf")
-    step = optimizer.step
-    optimizer.step = lambda factor: (  # type: ignore[method-assign]
-        found.append(torch.cat([p.grad.flatten() for p in optimizer.parameters.values()])),
-        step(factor),
-    )[1]
+    """The gradients of one update of two policies, of rows that all ranks are given, and what is measured; with all gradients held at once,
+    and policy by policy."""
+    return {"at once": updated(comm, at_once=True), "one by one": updated(comm, at_once=False)}
+
+
+def updated(comm: Comm, *, at_once: bool) -> dict:
+    # of the second agent so few that some rank has none
+    rows = [*make_rows(3, 4, 9, 12, ragged=True), *(replace(r, policy="b", agent="b") for r in make_rows(1, 2, 5, 7))]
+    models = {name: tiny_model(vocab=101, seed=seed) for seed, name in enumerate("ab")}
+    policies = {n: learner_of(model, torch.float32).policies["a"] for n, model in models.items()}
+    policies["b"].name = "b"
+    learner = Learner(policies, total_steps=10, compute=torch.float32, comm=comm, max_grad_norm=float("inf"))
+    learner._at_once = at_once
+    found: dict[str, list[float]] = {}
+    for name, optimizer in learner.optimizers.items():
+
+        def watched(factor: float, name: str = name, optimizer: Any = optimizer, step: Any = optimizer.step) -> float:
+            found[name] = torch.cat([p.grad.flatten() for p in optimizer.parameters.values()]).tolist()
+            return step(factor)
+
+        optimizer.step = watched  # type: ignore[method-assign]
     stats = learner.step([rows], step=0, failure_folder=Path("failure"))
     shared = {k: v for k, v in stats.metrics.items() if not k.endswith("seconds")}
-    return {"gradient": found[0].tolist(), "metrics": shared}
+    return {"gradient": found, "metrics": shared}
 
 
 def broken(comm: Comm) -> dict:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ccpo.comm import Comm, deal
+from ccpo.comm import Comm, deal, stretches
 from ccpo.config import load_recipe
 from ccpo.crew import check_sharding
 from ccpo.engines.sharded import _packed, _unpacked, shares
@@ -51,6 +51,14 @@ def test_dealt_work_is_all_dealt_and_even(work, ranks):
     assert sorted(i for part in parts for i in part) == list(range(len(work)))
     loads = [sum(work[i] for i in part) for part in parts]
     assert max(loads) - min(loads) <= max(work, default=0)
+
+
+@given(st.lists(st.floats(0, 50), max_size=30), st.integers(1, 6))
+def test_stretches_are_neighbours_and_even(work, ranks):
+    parts = stretches(work, ranks)
+    assert [i for part in parts for i in part] == list(range(len(work)))
+    loads = [sum(work[i] for i in part) for part in parts]
+    assert max(loads) <= sum(work) / ranks + max(work, default=0) + 1e-6
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), max_size=40), st.integers(1, 5))
@@ -107,9 +115,13 @@ def test_the_gradient_is_that_of_one_process(tmp_path):
         folder = tmp_path / str(count)
         folder.mkdir()
         for found in in_ranks(count, "gradient", folder):
-            expected, got = torch.tensor(alone["gradient"]), torch.tensor(found["gradient"])
-            assert (got - expected).norm() / expected.norm() < 1e-5
-            assert found["metrics"] == pytest.approx(alone["metrics"], rel=1e-4, abs=1e-6)
+            for way, here in found.items():
+                assert here["metrics"] == pytest.approx(alone[way]["metrics"], rel=1e-4, abs=1e-6)
+                assert set(here["gradient"]) == {"a", "b"}
+                for name, values in here["gradient"].items():
+                    expected, got = torch.tensor(alone[way]["gradient"][name]), torch.tensor(values)
+                    assert expected.norm() > 0
+                    assert (got - expected).norm() / expected.norm() < 1e-5
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path):

@@ -7,6 +7,7 @@ bytes and tensors, never pickles.
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -145,6 +146,18 @@ def deal(work: Sequence[float], ranks: int) -> list[list[int]]:
         found[rank].append(piece)
         loads[rank] += work[piece]
     return [sorted(part) for part in found]
+
+
+def stretches(work: Sequence[float], ranks: int) -> list[list[int]]:
+    """Which neighbouring pieces of ``work`` each rank takes: a piece is the rank's in whose part of all the work its middle lies. No rank
+    has more than its part and a piece. The same on every rank."""
+    found: list[list[int]] = [[] for _ in range(ranks)]
+    total, done = math.fsum(work), 0.0
+    for number, size in enumerate(work):
+        middle = (done + size / 2) / total if total else 0.0
+        found[min(int(middle * ranks), ranks - 1)].append(number)
+        done += size
+    return found
 
 
 ERRORS: dict[str, type[Exception]] = {

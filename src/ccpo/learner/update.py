@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ccpo.comm import Comm, deal
+from ccpo.comm import Comm, deal, stretches
 from ccpo.families import compute_dtype, is_sharded
 from ccpo.learner import forward
 from ccpo.learner.failure import refuse
@@ -45,6 +45,25 @@ class Share:
 
 Work = dict[str, list[Share]]
 """A mini-batch: the shares of each policy."""
+
+AT_ONCE = 2**26
+"""Numbers trained in all up to which the ranks run through all policies before they sum the gradients, which are then all held at once. Each
+rank runs whole policies as far as they go: with small models every micro-batch costs more than its rows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """All rows of an agent in a mini-batch; ``pieces`` are its segments with a gradient, as indices of rows."""
+
+    policy: str
+    agent: str
+    rows: list[TrainRow]
+    segments: list[int]
+    pieces: list[list[int]]
+
+    def work(self) -> list[int]:
+        """Tokens of each piece."""
+        return [sum(len(self.rows[i].prompt_ids) + len(self.rows[i].token_ids) for i in piece) for piece in self.pieces]
 
 
 class Learner:
@@ -112,6 +131,8 @@ class Learner:
         }
         wanted = trained if self.objective.needs_reference else {}
         self._references = {name: Reference(policy) for name, policy in wanted.items()}
+        numbers = sum(p.numel() for policy in trained.values() for p in policy.parameters().values())
+        self._at_once = numbers <= AT_ONCE and not any(is_sharded(policy.model) for policy in trained.values())
 
     def step(
         self, minibatches: Sequence[Sequence[TrainRow]], *, step: int, failure_folder: Path, spent: float = 0.0
@@ -136,9 +157,14 @@ class Learner:
         versions = {name: policy.version for name, policy in self.policies.items()}
         for _ in range(self._epochs):
             for shares_by_policy in work:
-                for name, shares in shares_by_policy.items():
-                    fresh = self.policies[name].version == versions[name]
-                    self._update(name, shares, meters, factor, step=step, fresh=fresh, failure_folder=failure_folder)
+                alone = [{name: shares} for name, shares in shares_by_policy.items()]
+                for group in [shares_by_policy] if self._at_once and self.comm.size > 1 else alone:
+                    fresh = {name: self.policies[name].version == versions[name] for name in group}
+                    losses = {n: self._gradient(n, shares, meters, fresh=fresh[n]) for n, shares in group.items()}
+                    for name, shares in group.items():
+                        self._update(
+                            name, shares, losses[name], meters, factor, step=step, failure_folder=failure_folder
+                        )
         return UpdateStats(metrics=meters.read(self.comm), seconds=time.perf_counter() - started)
 
     # --- before the first update --------------------------------------------------------------------------------------
@@ -151,31 +177,56 @@ class Learner:
                 raise ValueError(f"a row of agent {row.agent!r} is of policy {row.policy!r}, which {state}")
             if row.token_ids:
                 by_agent.setdefault(row.policy, {}).setdefault(row.agent, []).append(row)
-        return {
-            name: [self._share(agent, agents[agent], self.policies[name], meters) for agent in agents]
+        parts = [
+            self._part(name, agent, agents[agent])
             for name in self.optimizers
             if (agents := by_agent.get(name))
-        }
+            for agent in agents
+        ]
+        work: Work = {}
+        for part, mine in zip(parts, self._mine(parts), strict=True):
+            work.setdefault(part.policy, []).append(self._share(part, mine, meters))
+        return work
 
-    def _share(self, agent: str, rows: list[TrainRow], policy: Policy, meters: Meters) -> Share:
+    def _part(self, policy: str, agent: str, rows: list[TrainRow]) -> Part:
         segments = number_segments(rows)
-        live = self._live(rows, segments)
-        mine = [live[i] for i in self._mine([rows[i] for i in live], [segments[i] for i in live])]
-        chosen, numbers = [rows[i] for i in mine], [segments[i] for i in mine]
+        pieces: dict[int, list[int]] = {}
+        for index in self._live(rows, segments):
+            pieces.setdefault(segments[index], []).append(index)
+        return Part(policy=policy, agent=agent, rows=rows, segments=segments, pieces=list(pieces.values()))
+
+    def _mine(self, parts: Sequence[Part]) -> list[list[int]]:
+        """Which pieces of each part this rank runs."""
+        ranks, rank = self.comm.size, self.comm.rank
+        if ranks == 1:
+            return [list(range(len(part.pieces))) for part in parts]
+        if not self._at_once:
+            return [deal(part.work(), ranks)[rank] for part in parts]
+        chosen = set(stretches([work for part in parts for work in part.work()], ranks)[rank])
+        found, start = [], 0
+        for part in parts:
+            found.append([i for i in range(len(part.pieces)) if start + i in chosen])
+            start += len(part.pieces)
+        return found
+
+    def _share(self, part: Part, pieces: list[int], meters: Meters) -> Share:
+        policy, rows, agent = self.policies[part.policy], part.rows, part.agent
+        mine = sorted(index for number in pieces for index in part.pieces[number])
+        chosen, numbers = [rows[i] for i in mine], [part.segments[i] for i in mine]
         packed = pack(chosen, numbers, self._microbatch_tokens, shared=forward.runs(policy.model))
         meters.add(agent, "rows", len(rows))
-        meters.add(agent, "rows_without_signal", len(rows) - len(live))
+        meters.add(agent, "rows_without_signal", len(rows) - sum(map(len, part.pieces)))
         meters.add(agent, "tokens", sum(len(row.token_ids) for row in rows))
         return Share(
             agent=agent,
             counts=denominators(
-                torch.tensor([len(row.token_ids) for row in rows]), torch.tensor(segments), self.objective.constant
+                torch.tensor([len(row.token_ids) for row in rows]), torch.tensor(part.segments), self.objective.constant
             ),
             batches=[
-                *(collate([chosen[i] for i in part], [numbers[i] for i in part], policy.device) for part in packed),
+                *(collate([chosen[i] for i in few], [numbers[i] for i in few], policy.device) for few in packed),
                 *self._fillers(policy, rows[0], len(packed)),
             ],
-            live=bool(live),
+            live=bool(part.pieces),
         )
 
     def _fillers(self, policy: Policy, row: TrainRow, count: int) -> list[MicroBatch]:
@@ -184,17 +235,6 @@ class Learner:
             return []
         most = max(self.comm.gather_plain(count))
         return [replace(collate([row], [0], policy.device), rows=()) for _ in range(most - count)]
-
-    def _mine(self, rows: list[TrainRow], segments: list[int]) -> list[int]:
-        """Indices of the rows that this rank runs: those of whole segments."""
-        if self.comm.size == 1:
-            return list(range(len(rows)))
-        members: dict[int, list[int]] = {}
-        for index, segment in enumerate(segments):
-            members.setdefault(segment, []).append(index)
-        pieces = list(members.values())
-        work = [sum(len(rows[i].prompt_ids) + len(rows[i].token_ids) for i in piece) for piece in pieces]
-        return sorted(i for number in deal(work, self.comm.size)[self.comm.rank] for i in pieces[number])
 
     def _live(self, rows: list[TrainRow], segments: list[int]) -> list[int]:
         """Indices of the rows that have a gradient, with all the rows of their segments."""
@@ -238,26 +278,31 @@ class Learner:
 
     # --- one update ---------------------------------------------------------------------------------------------------
 
+    def _gradient(self, name: str, shares: list[Share], meters: Meters, *, fresh: bool) -> list[Tensor]:
+        """This rank's part of the gradient, left in the weights; returns the loss of each of its micro-batches."""
+        if not any(share.live for share in shares):
+            return []
+        self.optimizers[name].clear()
+        return self._backward(name, _numbered(shares), meters, fresh=fresh)
+
     def _update(
         self,
         name: str,
         shares: list[Share],
+        losses: list[Tensor],
         meters: Meters,
         factor: float,
         *,
         step: int,
-        fresh: bool,
         failure_folder: Path,
     ) -> None:
+        """Change the weights by the gradients of all ranks."""
         agents = [share.agent for share in shares]
         if not any(share.live for share in shares):
             for agent in agents:
                 meters.add(agent, "updates_skipped", 1)
             return
-        live = [(share, number, batch) for share in shares for number, batch in enumerate(share.batches)]
-        optimizer = self.optimizers[name]
-        optimizer.clear()
-        losses = self._backward(name, live, meters, fresh=fresh)
+        optimizer, live = self.optimizers[name], _numbered(shares)
         by_agent = {agent: torch.zeros((), dtype=torch.float64, device=self.policies[name].device) for agent in agents}
         for loss, (share, _, _) in zip(losses, live, strict=True):
             by_agent[share.agent] += loss
@@ -327,7 +372,12 @@ class Learner:
         try:
             self.comm.together(refuse_mine)
         finally:
-            self.optimizers[name].clear()
+            for optimizer in self.optimizers.values():
+                optimizer.clear()
 
     def _dtype(self, policy: Policy) -> torch.dtype:
         return self._compute or compute_dtype(policy.device)
+
+
+def _numbered(shares: Sequence[Share]) -> list[tuple[Share, int, MicroBatch]]:
+    return [(share, number, batch) for share in shares for number, batch in enumerate(share.batches)]
