@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_plan.py [--steps 5] [--cases 0.5B,1.5B-lora] [--out docs/benchmarks/gpu_plan.json] [--page docs/plan.md]
 
-Random models of the shapes of Qwen2.5-0.5B and 1.5B that never end a turn: thinker and solver under CCPO v1, whole training steps. Nothing of
-the plan is fitted to these steps. Memory is torch's peak of what was allocated.
+Random models of the shapes of Qwen2.5-0.5B and 1.5B that never end a turn: whole training steps of thinker and solver under CCPO v1, and of a
+single agent under shared reward. Nothing of the plan is fitted to these steps. Memory is torch's peak of what was allocated.
 """
 
 from __future__ import annotations
@@ -127,9 +127,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
+    if unknown := set(given.cases.split(",")) - set(CASES):
+        raise SystemExit(f"--cases: no {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     if not torch.cuda.is_available():
         raise SystemExit("this measures a GPU, and torch sees none; on a CPU: python benchmarks/plan_accuracy.py")
-    results: dict[str, Any] = {"machine": machine("cuda"), "card": card(), "cases": []}
+    results: dict[str, Any] = {"machine": machine("cuda"), "card": card(), "steps": given.steps, "cases": []}
     with tempfile.TemporaryDirectory() as folder:
         work, bases = Path(folder), {}
         for name in given.cases.split(","):

@@ -63,8 +63,8 @@ def talk(comm: Comm) -> dict:
 
 
 def gradient(comm: Comm) -> dict:
-    """The gradients of one update of two policies, of rows that all ranks are given, and what is measured; with all gradients held at once,
-    and policy by policy."""
+    """The gradients of the updates of two policies, two mini-batches twice, of rows that all ranks are given, and what is measured; with all
+    gradients held at once, and policy by policy."""
     return {"at once": updated(comm, at_once=True), "one by one": updated(comm, at_once=False)}
 
 
@@ -74,39 +74,38 @@ def updated(comm: Comm, *, at_once: bool) -> dict:
     models = {name: tiny_model(vocab=101, seed=seed) for seed, name in enumerate("ab")}
     policies = {n: learner_of(model, torch.float32).policies["a"] for n, model in models.items()}
     policies["b"].name = "b"
-    learner = Learner(policies, total_steps=10, compute=torch.float32, comm=comm, max_grad_norm=float("inf"))
+    learner = Learner(policies, total_steps=10, compute=torch.float32, comm=comm, max_grad_norm=float("inf"), epochs=2)
     learner._at_once = at_once
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[list[float]]] = {}
     for name, optimizer in learner.optimizers.items():
 
         def watched(factor: float, name: str = name, optimizer: Any = optimizer, step: Any = optimizer.step) -> float:
-            found[name] = torch.cat([p.grad.flatten() for p in optimizer.parameters.values()]).tolist()
+            grads = [p.grad.flatten() for p in optimizer.parameters.values()]
+            found.setdefault(name, []).append(torch.cat(grads).tolist())
             return step(factor)
 
         optimizer.step = watched  # type: ignore[method-assign]
-    stats = learner.step([rows], step=0, failure_folder=Path("failure"))
+    stats = learner.step([rows, rows[4:]], step=0, failure_folder=Path("failure"))
     shared = {k: v for k, v in stats.metrics.items() if not k.endswith("seconds")}
     return {"gradient": found, "metrics": shared}
 
 
 def broken(comm: Comm) -> dict:
-    """A batch that only one rank runs and that is not finite."""
-    rows = make_rows(2, 2, 5, 6)
-    bad = [
-        r if i else type(r)(**{f: getattr(r, f) for f in r.__slots__} | {"advantage": float("nan")})
-        for i, r in enumerate(rows)
-    ]
-    model = tiny_model(vocab=101)
-    learner = learner_of(model, torch.float32)
-    learner.comm = comm
-    before = [p.clone() for p in learner.policies["a"].model.parameters()]
+    """A batch of two policies of which only the last rank runs what is not finite."""
+    rows = [*make_rows(2, 2, 5, 6), *(replace(r, policy="b", agent="b") for r in make_rows(2, 2, 5, 6))]
+    rows[-1] = replace(rows[-1], advantage=float("nan"))
+    policies = {n: learner_of(tiny_model(vocab=101), torch.float32).policies["a"] for n in "ab"}
+    policies["b"].name = "b"
+    learner = Learner(policies, total_steps=10, compute=torch.float32, comm=comm)
+    before = [p.clone() for p in policies["b"].model.parameters()]
     try:
-        learner.step([bad], step=3, failure_folder=Path(sys.argv[2]) / "failure")
+        learner.step([rows], step=3, failure_folder=Path(sys.argv[2]) / "failure")
         message = ""
     except RunFailure as error:
         message = str(error)
-    same = all(torch.equal(a, b) for a, b in zip(before, learner.policies["a"].model.parameters(), strict=True))
-    return {"message": message, "unchanged": same}
+    same = all(torch.equal(a, b) for a, b in zip(before, policies["b"].model.parameters(), strict=True))
+    left = any(p.grad is not None for policy in policies.values() for p in policy.model.parameters())
+    return {"message": message, "unchanged": same, "left": left}
 
 
 def beside(comm: Comm) -> dict:

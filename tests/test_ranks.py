@@ -118,17 +118,22 @@ def test_the_gradient_is_that_of_one_process(tmp_path):
             for way, here in found.items():
                 assert here["metrics"] == pytest.approx(alone[way]["metrics"], rel=1e-4, abs=1e-6)
                 assert set(here["gradient"]) == {"a", "b"}
-                for name, values in here["gradient"].items():
-                    expected, got = torch.tensor(alone[way]["gradient"][name]), torch.tensor(values)
-                    assert expected.norm() > 0
-                    assert (got - expected).norm() / expected.norm() < 1e-5
+                for name, updates in here["gradient"].items():
+                    assert len(updates) == 4
+                    for got, expected in zip(
+                        map(torch.tensor, updates), map(torch.tensor, alone[way]["gradient"][name]), strict=True
+                    ):
+                        assert expected.norm() > 0
+                        assert (got - expected).norm() / expected.norm() < 1e-5
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_ends_all(tmp_path):
     said = in_ranks(2, "broken", tmp_path)
-    assert said[0]["message"] == said[1]["message"] and "step 3" in said[0]["message"]
-    assert all(found["unchanged"] for found in said)
-    assert list((tmp_path / "failure").glob("rank-*/failure.json"))
+    assert said[0]["message"] == said[1]["message"]
+    assert "step 3: the loss of policy 'b' is nan (agent 'b', micro-batch 0)" in said[0]["message"]
+    assert all(found["unchanged"] and not found["left"] for found in said)
+    (told,) = (tmp_path / "failure").glob("rank-*/failure.json")
+    assert told.parent.name == "rank-1" and json.loads(told.read_text())["batches"]
 
 
 # --- whole runs ----------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ccpo.config import BootstrapSection
+from ccpo.config import CONTEXT, BootstrapSection
 from ccpo.errors import UserError
 from ccpo.learner.loading import quiet
 from ccpo.rating_lessons import RatingLessons
@@ -29,7 +29,6 @@ from ccpo.teams import Team
 
 VERSION = 5  # raise it when the same section would make another model
 PAD, EOS = "<pad>", "<eos>"
-CONTEXT = 512
 
 Pair = tuple[list[int], list[int], bool]
 """Token ids of a prompt and of what is to be said after it (with the end token); and whether the prompt says all that is needed."""
@@ -85,12 +84,14 @@ def bootstrap(
     return folder, seconds
 
 
-def _fingerprint(team: Team, task: ProceduralTask, section: BootstrapSection, ratings: RatingLessons | None) -> str:
+def _fingerprint(
+    team: Team, task: ProceduralTask, section: BootstrapSection, ratings: RatingLessons | None = None
+) -> str:
     turns = [(t.name, t.template) for t in team.turns]
     said = section.model_dump(exclude={"cache", "ratings", "rating_noise"})
     what = [VERSION, turns, _characters(team, task, ratings), repr(task), said]
     if ratings is not None:
-        what += [ratings.prompt, ratings.noise]
+        what += ratings.shaped_by()
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -234,7 +235,7 @@ class Lessons:
         pairs: list[Pair] = []
         while len(pairs) < size:
             pairs += self.lesson(noisy=noisy)
-        return [*pairs[:size], *(self.rating() for _ in range(size // 4 if self.ratings else 0))]
+        return [*pairs[:size], *(self.rating() for _ in range(-(-size // 4) if self.ratings else 0))]
 
     def lesson(self, *, noisy: bool) -> list[Pair]:
         """One problem played by the teacher: a pair for each turn."""
@@ -254,7 +255,7 @@ class Lessons:
         return pairs
 
     def rating(self) -> Pair:
-        """A careless play and a rating of it. What made an agent wrong can be seen only as far as the skill goes: it counts as not known."""
+        """A careless play and a rating of it, while the skill is learned, too. How well it rates is no measure of the skill."""
         rng = self.rating_rng
         problem, said = self.task[rng.randrange(len(self.task))], dict[str, str]()
         for turn in self.team.turns_in_order:
@@ -270,7 +271,7 @@ class Lessons:
     def _ids(self, text: str) -> list[int]:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         if len(ids) != len(text):  # an unknown character is dropped in silence, and would never be learned
-            raise ValueError(
+            raise UserError(
                 f"task {self.task.name!r} says {text!r}, which its alphabet {self.task.alphabet!r} cannot write"
             )
         return ids

@@ -10,11 +10,12 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, ValidationError, create_model
 
 from ccpo import credit as credit_rules
-from ccpo.config import Part, RunConfig
+from ccpo.config import CONTEXT, Part, RunConfig
 from ccpo.engines.vllm import COOLEST, HOTTEST
 from ccpo.errors import UserError, nearest
 from ccpo.explain import explain
 from ccpo.imports import load_object
+from ccpo.rating_lessons import RatingLessons
 from ccpo.rollout import AskRatings, Limits, Sampling, plant
 from ccpo.schedule import ProblemSampler, Schedule
 from ccpo.tasks import TASKS, ProceduralTask, Task, limited
@@ -92,7 +93,7 @@ def prepare(
     if ratings_of(rule) is not None:
         check_raters(team, ratings_of(rule).prompt)
     if config.bootstrap.ratings:
-        _check_rating_lessons(rule)
+        _check_rating_lessons(config, team, task, rule)
     ProblemSampler(
         total=len(task), batch=config.rollout.prompts, seed=config.run.seed
     )  # refuses a task smaller than a step
@@ -153,7 +154,12 @@ def rating_lessons_of(setup: Setup) -> str | None:
     return asked.prompt if asked is not None and setup.config.bootstrap.ratings else None
 
 
-def _check_rating_lessons(rule: Any) -> None:
+def _check_rating_lessons(config: RunConfig, team: Any, task: Any, rule: Any) -> None:
+    """Raises UserError for ratings that the tiny base model could not learn, or that nobody would ask it for."""
+    if "bootstrap" not in [config.model.path, *(agent.model for agent in config.agents.values())]:
+        raise UserError(
+            "bootstrap.ratings is true, but no model is made by bootstrap: model.path is another; set bootstrap.ratings: false"
+        )
     asked = ratings_of(rule)
     if asked is None:
         raise UserError(
@@ -163,6 +169,27 @@ def _check_rating_lessons(rule: Any) -> None:
         raise UserError(
             "bootstrap.ratings is true, but credit.prompt is not set, and the library's own rating prompt is too long for the tiny base "
             "model; give it a short one, for example credit.prompt: 'R{problem}:{upstream}|{OUTCOME}|'"
+        )
+    if asked.strict:
+        raise UserError(
+            "bootstrap.ratings teaches ratings in few characters, which are no JSON; set credit.strict: false"
+        )
+    if not isinstance(team, Team) or not isinstance(task, ProceduralTask):
+        return  # refused where the base would be made: neither has a teacher
+    lessons = RatingLessons(team, task, asked.prompt, config.bootstrap.rating_noise)
+    longest, prompt = lessons.longest() + 1, max(lessons.prompts(), key=len)
+    if asked.max_tokens < longest:
+        raise UserError(
+            f"credit.max_tokens is {asked.max_tokens}, and a rating by {len(team.agent_names)} agents that bootstrap.ratings teaches has "
+            f"{longest} tokens, a character each; set credit.max_tokens: {longest} or more"
+        )
+    if not prompt.isascii():
+        raise UserError("credit.prompt: the tiny base model reads ASCII characters alone; found others in it")
+    room = min(config.rollout.max_prompt_tokens, CONTEXT - asked.max_tokens)
+    if len(prompt) > room:
+        raise UserError(
+            f"credit.prompt has {len(prompt)} characters with nothing in it, and the tiny base model, which reads a character a token, has room for "
+            f"{room} (rollout.max_prompt_tokens, and a context of {CONTEXT} less credit.max_tokens); give it a shorter one"
         )
 
 

@@ -81,6 +81,9 @@ class ModelSection(Section):
     trust_remote_code: bool = False
 
 
+CONTEXT = 512  # tokens of the tiny base model, a character each
+
+
 class BootstrapSection(Section):
     """The tiny base model that stands in for a pretrained one where there is none (``model.path: bootstrap``)."""
 

@@ -18,8 +18,8 @@ class Planner:
     """``rollout.branch: auto``: a tree of ``samples`` plays, which share texts where that teaches more for the tokens.
 
     Only a tree with two texts at every level can tell the levels' variances apart, so the first step and every twentieth
-    after it is such a probe; in between the best layout for what is known is used. The state is plain JSON and part of the
-    checkpoint.
+    after it is such a probe; in between the best layout for what is known is used: moving means of the variances and of
+    the costs. The state is plain JSON and part of the checkpoint.
     """
 
     def __init__(self, team: Team, samples: int) -> None:
@@ -44,7 +44,7 @@ class Planner:
             self._move("variances", components(played.reward_PN, branch))
 
     def _move(self, name: str, seen: Sequence[float]) -> None:
-        """Move a mean towards what was seen: of one step alone it would make the layout waver where two are nearly as good."""
+        """Move a mean towards what was seen. By the figures of one step alone, two layouts that are nearly as good would take turns."""
         before = self.state.get(name, seen)
         self.state[name] = [DECAY * b + (1 - DECAY) * s for b, s in zip(before, seen, strict=True)]
 

@@ -47,23 +47,27 @@ Work = dict[str, list[Share]]
 """A mini-batch: the shares of each policy."""
 
 AT_ONCE = 2**26
-"""Numbers trained in all up to which the ranks run through all policies before they sum the gradients, which are then all held at once. Each
-rank runs whole policies as far as they go: with small models every micro-batch costs more than its rows."""
+"""Up to this many trained numbers over all policies (with LoRA, those of the adapters), ranks run all policies before they sum the gradients, which
+are then all held at once. Each rank gets neighbouring rows, and so mostly those of one policy: with small models a micro-batch costs more than
+its rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """All rows of an agent in a mini-batch; ``pieces`` are its segments with a gradient, as indices of rows."""
+class AgentRows:
+    """All rows of an agent in a mini-batch; ``pieces`` are its segments with a gradient, as indices of rows; ``size`` is that of its model, in
+    numbers."""
 
     policy: str
     agent: str
     rows: list[TrainRow]
     segments: list[int]
     pieces: list[list[int]]
+    size: int
 
     def work(self) -> list[int]:
-        """Tokens of each piece."""
-        return [sum(len(self.rows[i].prompt_ids) + len(self.rows[i].token_ids) for i in piece) for piece in self.pieces]
+        """Of each piece its tokens times the size of the model."""
+        lengths = [len(row.prompt_ids) + len(row.token_ids) for row in self.rows]
+        return [self.size * sum(lengths[i] for i in piece) for piece in self.pieces]
 
 
 class Learner:
@@ -188,14 +192,17 @@ class Learner:
             work.setdefault(part.policy, []).append(self._share(part, mine, meters))
         return work
 
-    def _part(self, policy: str, agent: str, rows: list[TrainRow]) -> Part:
+    def _part(self, policy: str, agent: str, rows: list[TrainRow]) -> AgentRows:
         segments = number_segments(rows)
         pieces: dict[int, list[int]] = {}
         for index in self._live(rows, segments):
             pieces.setdefault(segments[index], []).append(index)
-        return Part(policy=policy, agent=agent, rows=rows, segments=segments, pieces=list(pieces.values()))
+        size = sum(p.numel() for p in self.policies[policy].model.parameters())
+        return AgentRows(
+            policy=policy, agent=agent, rows=rows, segments=segments, pieces=list(pieces.values()), size=size
+        )
 
-    def _mine(self, parts: Sequence[Part]) -> list[list[int]]:
+    def _mine(self, parts: Sequence[AgentRows]) -> list[list[int]]:
         """Which pieces of each part this rank runs."""
         ranks, rank = self.comm.size, self.comm.rank
         if ranks == 1:
@@ -209,7 +216,7 @@ class Learner:
             start += len(part.pieces)
         return found
 
-    def _share(self, part: Part, pieces: list[int], meters: Meters) -> Share:
+    def _share(self, part: AgentRows, pieces: list[int], meters: Meters) -> Share:
         policy, rows, agent = self.policies[part.policy], part.rows, part.agent
         mine = sorted(index for number in pieces for index in part.pieces[number])
         chosen, numbers = [rows[i] for i in mine], [part.segments[i] for i in mine]
@@ -223,7 +230,7 @@ class Learner:
                 torch.tensor([len(row.token_ids) for row in rows]), torch.tensor(part.segments), self.objective.constant
             ),
             batches=[
-                *(collate([chosen[i] for i in few], [numbers[i] for i in few], policy.device) for few in packed),
+                *(collate([chosen[i] for i in at], [numbers[i] for i in at], policy.device) for at in packed),
                 *self._fillers(policy, rows[0], len(packed)),
             ],
             live=bool(part.pieces),
@@ -358,8 +365,10 @@ class Learner:
         if self.comm.size > 1:
             failure_folder = failure_folder / f"rank-{self.comm.rank}"
 
+        elsewhere = any(self.comm.gather_plain(bool(broken)))
+
         def refuse_mine() -> None:
-            if not broken and math.isfinite(values[-1]):
+            if not broken and (elsewhere or not live or math.isfinite(values[-1])):
                 return
             what, value = ("loss", values[broken[0]]) if broken else ("gradient norm", values[-1])
             at = [
@@ -380,4 +389,5 @@ class Learner:
 
 
 def _numbered(shares: Sequence[Share]) -> list[tuple[Share, int, MicroBatch]]:
+    """This rank's micro-batches of a policy, each with its share and its number there."""
     return [(share, number, batch) for share in shares for number, batch in enumerate(share.batches)]

@@ -7,7 +7,6 @@ folder; a line that is no JSON object is passed over; every value is checked bef
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import stat
 import zlib
@@ -17,7 +16,6 @@ from typing import IO, Any
 
 MAX_LINE = 64 * 2**20  # bytes of one line
 MAX_BYTES = 1024 * 2**20  # bytes read of one file, after decompression
-PIECE = 2**18  # bytes unpacked at a time
 BROKEN = (OSError, EOFError, zlib.error)
 
 
@@ -118,13 +116,8 @@ def lines(path: Path, open_file: Callable[..., IO[bytes]], notes: Notes) -> Iter
 
 def gzip_lines(path: Path, notes: Notes) -> Iterator[bytes]:
     """The lines of a gzip-compressed file, as far as it can be read."""
-    for line, _ in lines(path, _unpacked, notes):
+    for line, _ in lines(path, gzip.open, notes):
         yield line
-
-
-def _unpacked(path: Path, mode: str) -> IO[bytes]:
-    """A gzip-compressed file, unpacked in large pieces: by the default 8 KB at a time, calls take as long as unpacking."""
-    return io.BufferedReader(gzip.GzipFile(path, mode), PIECE)  # type: ignore[arg-type]  # it is a raw stream in all but name
 
 
 def number(value: Any) -> float | None:
