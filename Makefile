@@ -27,10 +27,10 @@ vote: setup
 	$(BIN)/ccpo report runs/vote
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 test-all: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --cov=ccpo.credit --cov=ccpo.losses --cov=ccpo.teams --cov-report=term --cov-fail-under=95
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov=ccpo.credit --cov=ccpo.losses --cov=ccpo.teams --cov-report=term --cov-fail-under=95 --durations=25
 
 lint: setup
 	$(BIN)/ruff check .
