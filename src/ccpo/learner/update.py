@@ -46,7 +46,7 @@ class Share:
 Work = dict[str, list[Share]]
 """A mini-batch: the shares of each policy."""
 
-AT_ONCE = 2**26
+AT_ONCE = 2**24
 """Up to this many trained numbers over all policies (with LoRA, those of the adapters), ranks run all policies before they sum the gradients, which
 are then all held at once. Each rank gets neighbouring rows, and so mostly those of one policy: with small models a micro-batch costs more than
 its rows."""
