@@ -10,9 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import ccpo
 from ccpo.errors import UserError
 from ccpo.learner import PolicySpec, Reference, freeze_copy, load_policies
 from ccpo.learner.logprobs import training
+from ccpo.learner.lora import check_targets
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
@@ -342,3 +344,18 @@ def test_loading_is_silent(base, capfd):
     load_policies([spec("a", base), spec("b", base)], sharing="lora", lora=LORA)
     out, err = capfd.readouterr()
     assert not out + err
+
+
+def test_targets_of_a_tiny_base_are_looked_at_before_it_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setenv("CCPO_CACHE", str(tmp_path / "cache"))
+    sets = [f"run.dir={tmp_path / 'run'}", "model.sharing=lora", "model.lora.targets=[q_pro]"]
+    with pytest.raises(UserError, match=r"'q_pro' match no module; .*Did you mean 'q_proj'"):
+        ccpo.train("demo", sets)
+    assert not list((tmp_path / "cache").glob("base-*"))
+
+
+def test_a_look_at_targets_draws_no_random_numbers():
+    model = tiny_model()
+    state = torch.random.get_rng_state()
+    check_targets(model, rank=2, alpha=4.0, dropout=0.0, targets="all-linear")
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -45,9 +45,10 @@ def bootstrap(
     report: Callable[[str], None] = lambda _: None,
     *,
     rating_prompt: str | None = None,
+    check: Callable[[torch.nn.Module], None] | None = None,
 ) -> tuple[Path, float]:
     """The folder of the base model for ``team`` on ``task``, and the seconds spent on making it (0.0 where it was cached). With a
-    ``rating_prompt`` it learns to rate, too.
+    ``rating_prompt`` it learns to rate, too. ``check`` sees the model before it has learnt anything, and raises where it will not do.
 
     Raises UserError where the task has no teacher.
     """
@@ -65,6 +66,8 @@ def bootstrap(
     folder = cache_folder() / f"base-{_fingerprint(team, task, section, ratings)}"
     if section.cache and (folder / "done.json").is_file():
         return folder, 0.0
+    if check is not None:
+        check(fresh_model(section, base_tokenizer(team, task, ratings)))
     started = time.monotonic()
     model, tokenizer = train_base(team, task, section, report, ratings)
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
@@ -130,17 +133,10 @@ def character_tokenizer(alphabet: str):
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token=PAD, eos_token=EOS)
 
 
-def train_base(
-    team: Team,
-    task: ProceduralTask,
-    section: BootstrapSection,
-    report: Callable[[str], None],
-    ratings: RatingLessons | None = None,
-):
-    """Train the base model; returns it with its tokenizer."""
+def fresh_model(section: BootstrapSection, tokenizer):
+    """The base model before it has learnt anything."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    tokenizer = base_tokenizer(team, task, ratings)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=section.hidden,
@@ -156,7 +152,19 @@ def train_base(
     )
     with torch.random.fork_rng():
         torch.manual_seed(section.seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def train_base(
+    team: Team,
+    task: ProceduralTask,
+    section: BootstrapSection,
+    report: Callable[[str], None],
+    ratings: RatingLessons | None = None,
+):
+    """Train the base model; returns it with its tokenizer."""
+    tokenizer = base_tokenizer(team, task, ratings)
+    model = fresh_model(section, tokenizer)
     lessons = Lessons(team, task, section, tokenizer, ratings)
     _learn_skill(model, lessons, section, report)
     _learn_carelessness(model, lessons, section, report)

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +23,7 @@ from ccpo.crew import Crew, pick_device
 from ccpo.errors import UserError
 from ccpo.evaluate import headline
 from ccpo.learner import find_checkpoint, verify_checkpoint
+from ccpo.learner.lora import check_targets
 from ccpo.loggers import Sinks, make_sinks
 from ccpo.remotes import reach
 from ccpo.runfolder import RunFolder, read_json
@@ -276,8 +277,17 @@ def model_paths(setup: Setup, reporter: Reporter) -> tuple[dict[str, str], float
     if "bootstrap" not in wanted.values():
         return wanted, 0.0
     prompt = rating_lessons_of(setup)
-    folder, seconds = bootstrap(setup.team, setup.task, config.bootstrap, reporter.note, rating_prompt=prompt)
+    folder, seconds = bootstrap(
+        setup.team, setup.task, config.bootstrap, reporter.note, rating_prompt=prompt, check=_adapters_fit(config)
+    )
     return {name: str(folder) if path == "bootstrap" else path for name, path in wanted.items()}, seconds
+
+
+def _adapters_fit(config: RunConfig) -> Callable[[Any], None] | None:
+    """Refuses, with a UserError, a base model that has no place for the adapters asked for."""
+    if config.model.sharing != "lora":
+        return None
+    return lambda model: check_targets(model, **config.model.lora.model_dump())
 
 
 def versions() -> dict[str, str]:

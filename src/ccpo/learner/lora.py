@@ -67,6 +67,12 @@ def wrap(base: nn.Module, configs: Mapping[str, Any]) -> nn.Module:
     return model.eval()
 
 
+def check_targets(base: nn.Module, **settings: Any) -> None:
+    """Raises UserError where the targets of :func:`lora_config`'s ``settings`` match no module of ``base``, which is not to be used afterwards."""
+    with torch.random.fork_rng():
+        wrap(base, {"adapter": lora_config("base", **settings)})
+
+
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The parameters of the adapter ``name``, under the names that an adapter's file gives them.
 
