@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plan_accuracy import recipe, write_section
 
 from ccpo.bench.ours import TEAMS, OurStep
 from ccpo.bench.report import machine
-from ccpo.bench.shapes import make_model, tokenizer
+from ccpo.bench.shapes import save
+from ccpo.compare.merge import laid_over
 from ccpo.forecast.cards import CARDS
 from ccpo.forecast.command import Wishes, plan
-from ccpo.learner.loading import quiet
 
 WARM = 2  # steps in which graphs are recorded
 
@@ -43,24 +44,14 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(case: dict[str, Any], base: Path, folder: Path) -> dict[str, Any]:
+def settings_of(case: dict[str, Any], base: Path, folder: Path) -> dict[str, Any]:
     """What both sides are given."""
-    prompts, samples, tokens = case["rollout"]
-    return {
-        "run": {"dir": str(folder), "device": "cuda"},
+    own = {
         "team": TEAMS[case.get("team", "think_solve")],
-        "task": {"kind": "digit_sum", "digits": [7, 7]},
-        "model": {"path": str(base), **case.get("model", {})},
+        "model": case.get("model", {}),
         "credit": {"kind": case.get("credit", "ccpo_v1")},
-        "rollout": {
-            "prompts": prompts,
-            "samples": samples,
-            "max_tokens": tokens,
-            "max_prompt_tokens": 512,
-            "truncated": "keep",
-        },
-        "optim": {"lr": 1e-6},
     }
+    return laid_over(recipe(base, folder, *case["rollout"], device="cuda"), own)
 
 
 def card() -> str:
@@ -72,17 +63,9 @@ def card() -> str:
     return min(fitting, key=lambda card: abs(card.memory - memory)).name
 
 
-def saved(size: str, folder: Path) -> Path:
-    """The model's folder; it is made on the GPU, where billions of random numbers take no time."""
-    with quiet():
-        make_model(size, device="cuda").save_pretrained(folder)
-        tokenizer().save_pretrained(folder)
-    return folder
-
-
 def measured(name: str, base: Path, work: Path, steps: int) -> dict[str, Any]:
     case = CASES[name]
-    settings = recipe(case, base, work / name)
+    settings = settings_of(case, base, work / name)
     source = work / f"{name}.json"
     source.write_text(json.dumps(settings))
     found = plan(str(source), (), Wishes(gpu=card(), length_share=1.0, length_spread=0.0))
@@ -137,13 +120,12 @@ def main() -> None:
         for name in given.cases.split(","):
             size = CASES[name]["size"]
             if size not in bases:
-                bases[size] = saved(size, work / f"base-{size}")
+                bases[size] = save(size, work / f"base-{size}", "cuda")
             results["cases"].append(measured(name, bases[size], work, given.steps))
             if given.out is not None:
                 given.out.write_text(json.dumps(results, indent=1) + "\n")
     if given.page is not None:
-        before, _, rest = given.page.read_text(encoding="utf-8").partition(BEGIN)
-        given.page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        write_section(given.page, BEGIN, END, table(results))
 
 
 BEGIN, END = "<!-- gpu: written by benchmarks/gpu_plan.py -->", "<!-- end of gpu -->"

@@ -32,10 +32,10 @@ CASES = {"1M": (16, 8, 32), "5M": (8, 8, 32), "12M": (8, 8, 32), "25M": (4, 8, 3
 DEMO_STEPS = 12
 
 
-def recipe(base: Path, folder: Path, prompts: int, samples: int, tokens: int, threads: int) -> dict[str, Any]:
+def recipe(base: Path, folder: Path, prompts: int, samples: int, tokens: int, **run: Any) -> dict[str, Any]:
     """What both sides are given; `OurStep` lays it over the same plain recipe."""
     return {
-        "run": {"dir": str(folder), "threads": threads},
+        "run": {"dir": str(folder), **run},
         "team": TEAMS["think_solve"],
         "task": {"kind": "digit_sum", "digits": [7, 7]},
         "model": {"path": str(base)},
@@ -70,7 +70,7 @@ def compared(name: str, plan: dict[str, Any], seconds: list[float], planning: fl
 
 def of_size(name: str, work: Path, threads: int, steps: int) -> dict:
     base = save(name, work / name / "base")
-    settings = recipe(base, work / name / "run", *CASES[name], threads)
+    settings = recipe(base, work / name / "run", *CASES[name], threads=threads)
     source = work / name / "recipe.json"
     source.write_text(json.dumps(settings))
     started = time.monotonic()
@@ -134,8 +134,13 @@ def main() -> None:
     if given.out is not None:
         given.out.write_text(json.dumps(results, indent=1) + "\n")
     if given.page is not None:
-        before, _, rest = given.page.read_text(encoding="utf-8").partition(BEGIN)
-        given.page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        write_section(given.page, BEGIN, END, table(results))
+
+
+def write_section(page: Path, begin: str, end: str, text: str) -> None:
+    """Put ``text`` between two marks of a page, in the place of what is there."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 BEGIN, END = "<!-- accuracy: written by benchmarks/plan_accuracy.py -->", "<!-- end -->"

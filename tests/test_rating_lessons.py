@@ -19,7 +19,7 @@ from ccpo.bootstrap import Lessons, _fingerprint, base_tokenizer
 from ccpo.build import prepare, rating_lessons_of
 from ccpo.config import BootstrapSection, load_recipe
 from ccpo.errors import UserError
-from ccpo.rating_lessons import RatingLessons, tenths
+from ccpo.rating_lessons import RatingLessons, rating_text, tenths
 from ccpo.rollout import read_episodes
 from ccpo.tasks.procedural import ChainSum, DigitSum, TruthChoice
 from ccpo.teams import Agent, Function, Sampled, Team, chain, parse_rating, think_solve, voting
@@ -38,7 +38,7 @@ def test_tenths_are_a_rating_that_can_be_read(K: int, chosen: set[int]) -> None:
     agents = tuple(f"a{k}" for k in range(K))
     part = [agents[k] for k in chosen if k < K]
     shares = tenths(agents, part)
-    said = RatingLessons.rating(None, "wrong", shares)  # type: ignore[arg-type]
+    said = rating_text("wrong", shares)
     assert parse_rating(said, "wrong", agents) == (tuple(s / 10 for s in shares), True)
     inside = [s for a, s in zip(agents, shares, strict=True) if a in (part or agents)]
     outside = [s for a, s in zip(agents, shares, strict=True) if a not in (part or agents)]
@@ -137,7 +137,7 @@ def test_ratings_that_cannot_be_learnt_are_refused_before_anything_runs(settings
 
 def test_ratings_that_can_be_learnt_are_not() -> None:
     setup = prepare(load_recipe("demo", ["bootstrap.ratings=true", *(f"{k}={v}" for k, v in SEPO.items())]))
-    assert rating_lessons_of(setup) == PROMPT
+    assert rating_lessons_of(setup).prompt == PROMPT
 
 
 def test_teams_whose_ratings_cannot_be_taught_are_refused() -> None:
@@ -172,13 +172,13 @@ def test_what_shapes_ratings_shapes_the_models_name() -> None:
 
 def test_an_agent_is_right_where_all_its_turns_are() -> None:
     task = DigitSum(digits=(3, 3))
-    turns = [replace(turn, agent="both") if turn.name == "solver" else turn for turn in PAIR.turns]
+    thinker, solver = (replace(turn, agent="both") for turn in PAIR.turns)
     other = replace(PAIR.turns[0], name="other", agent="other", template="O{problem}:")
     team = Team(
         name="mine",
         agents=(Agent(name="both"), Agent(name="other")),
         decision=PAIR.decision,
-        turns=(replace(turns[0], agent="both"), other, turns[1]),
+        turns=(thinker, other, solver),
     )
     good = task.teach(task[3], "thinker", {}, random.Random(0), 0.0)
     misread = str((int(good[-1]) + 1) % 10)

@@ -44,11 +44,11 @@ def bootstrap(
     section: BootstrapSection,
     report: Callable[[str], None] = lambda _: None,
     *,
-    rating_prompt: str | None = None,
+    ratings: RatingLessons | None = None,
     check: Callable[[torch.nn.Module], None] | None = None,
 ) -> tuple[Path, float]:
-    """The folder of the base model for ``team`` on ``task``, and the seconds spent on making it (0.0 where it was cached). With a
-    ``rating_prompt`` it learns to rate, too. ``check`` sees the model before it has learnt anything, and raises where it will not do.
+    """The folder of the base model for ``team`` on ``task``, and the seconds spent on making it (0.0 where it was cached). With
+    ``ratings`` it learns to rate, too. ``check`` sees the model before it has learnt anything, and raises where it will not do.
 
     Raises UserError where the task has no teacher.
     """
@@ -62,7 +62,6 @@ def bootstrap(
             f"model.path is 'bootstrap', but team {team.name!r} is a Python function, whose turns nobody can demonstrate; "
             "set model.path to a Hugging Face model"
         )
-    ratings = None if rating_prompt is None else RatingLessons(team, task, rating_prompt, section.rating_noise)
     folder = cache_folder() / f"base-{_fingerprint(team, task, section, ratings)}"
     if section.cache and (folder / "done.json").is_file():
         return folder, 0.0
@@ -259,7 +258,7 @@ class Lessons:
             )
             prompt = turn.render({"problem": problem.text, **heard})
             known = not (alone and turn.reads)
-            pairs.append((self._ids(prompt), [*self._ids(said[turn.name]), self.tokenizer.eos_token_id], known))
+            pairs.append(self._pair(prompt, said[turn.name], known=known))
         return pairs
 
     def rating(self) -> Pair:
@@ -270,7 +269,10 @@ class Lessons:
             heard = {name: said[name] for name in turn.reads}
             said[turn.name] = self.task.teach(problem, turn.name, heard, rng, self._noise(turn.name))
         prompt, words = self.ratings.lesson(problem, said, rng)
-        return self._ids(prompt), [*self._ids(words), self.tokenizer.eos_token_id], False
+        return self._pair(prompt, words, known=False)
+
+    def _pair(self, prompt: str, said: str, *, known: bool) -> Pair:
+        return self._ids(prompt), [*self._ids(said), self.tokenizer.eos_token_id], known
 
     def _noise(self, turn: str) -> float:
         noise = self.section.noise

@@ -148,10 +148,16 @@ def ratings_of(rule: Any) -> AskRatings | None:
     return AskRatings(**asked)
 
 
-def rating_lessons_of(setup: Setup) -> str | None:
-    """The prompt by which the tiny base model learns to rate; None where it does not."""
-    asked = ratings_of(setup.rule)
-    return asked.prompt if asked is not None and setup.config.bootstrap.ratings else None
+def rating_lessons_of(setup: Setup) -> RatingLessons | None:
+    """What the tiny base model learns of rating; None where it learns nothing of it, or where nobody can teach it."""
+    wanted = setup.config.bootstrap.ratings
+    return _rating_lessons(setup.config, setup.team, setup.task, setup.rule) if wanted else None
+
+
+def _rating_lessons(config: RunConfig, team: Any, task: Any, rule: Any) -> RatingLessons | None:
+    if not isinstance(team, Team) or not isinstance(task, ProceduralTask):
+        return None  # neither has a teacher: refused where the base would be made
+    return RatingLessons(team, task, ratings_of(rule).prompt, config.bootstrap.rating_noise)
 
 
 def _check_rating_lessons(config: RunConfig, team: Any, task: Any, rule: Any) -> None:
@@ -174,9 +180,9 @@ def _check_rating_lessons(config: RunConfig, team: Any, task: Any, rule: Any) ->
         raise UserError(
             "bootstrap.ratings teaches ratings in few characters, which are no JSON; set credit.strict: false"
         )
-    if not isinstance(team, Team) or not isinstance(task, ProceduralTask):
-        return  # refused where the base would be made: neither has a teacher
-    lessons = RatingLessons(team, task, asked.prompt, config.bootstrap.rating_noise)
+    lessons = _rating_lessons(config, team, task, rule)
+    if lessons is None:
+        return
     longest, prompt = lessons.longest() + 1, max(lessons.prompts(), key=len)
     if asked.max_tokens < longest:
         raise UserError(

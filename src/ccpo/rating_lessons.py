@@ -54,7 +54,7 @@ class RatingLessons:
 
     def _ratings(self) -> list[str]:
         agents = self.team.agent_names
-        return [self.rating(outcome, tenths(agents, ())) for outcome in ("correct", "wrong")]
+        return [rating_text(outcome, tenths(agents, ())) for outcome in ("correct", "wrong")]
 
     def _spec(self, agent: str, outcome: str):
         return rating_turn(agent, self.team.agent_names, self.speakers, outcome, self.prompt)
@@ -83,12 +83,7 @@ class RatingLessons:
             name: said[turn.name] for (name, _), turn in zip(self.speakers, self.team.turns_in_order, strict=True)
         }
         prompt = self._spec(rng.choice(agents), outcome).render({"problem": problem.text, ANSWER: answer, **values})
-        return prompt, self.rating(outcome, tenths(agents, part))
-
-    def rating(self, outcome: str, shares: Sequence[int]) -> str:
-        """A rating in the fewest characters that can be read."""
-        said = ",".join("1" if share == 10 else f".{share}" if share else "0" for share in shares)
-        return f"outcome={outcome} {key_of(len(shares))}=[{said}]"
+        return prompt, rating_text(outcome, tenths(agents, part))
 
     def _decided(self, problem: Problem, said: Mapping[str, str]) -> tuple[str, float]:
         reads = self.team.decision.reads
@@ -109,6 +104,12 @@ class RatingLessons:
             != self.task.teach(problem, turn.name, {name: said[name] for name in turn.reads}, rng, 0.0)
         }
         return set(self.team.agent_names) - wrong
+
+
+def rating_text(outcome: str, shares: Sequence[int]) -> str:
+    """A rating of ``shares`` in tenths, in the fewest characters that can be read."""
+    said = ",".join("1" if share == 10 else f".{share}" if share else "0" for share in shares)
+    return f"outcome={outcome} {key_of(len(shares))}=[{said}]"
 
 
 def tenths(agents: Sequence[str], part: Collection[str]) -> tuple[int, ...]:

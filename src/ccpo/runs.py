@@ -276,9 +276,13 @@ def model_paths(setup: Setup, reporter: Reporter) -> tuple[dict[str, str], float
     }
     if "bootstrap" not in wanted.values():
         return wanted, 0.0
-    prompt = rating_lessons_of(setup)
     folder, seconds = bootstrap(
-        setup.team, setup.task, config.bootstrap, reporter.note, rating_prompt=prompt, check=_adapters_fit(config)
+        setup.team,
+        setup.task,
+        config.bootstrap,
+        reporter.note,
+        ratings=rating_lessons_of(setup),
+        check=_adapters_fit(config),
     )
     return {name: str(folder) if path == "bootstrap" else path for name, path in wanted.items()}, seconds
 

@@ -88,9 +88,9 @@ def parameters(model: Any) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def save(size: str, folder: Path) -> Path:
-    """The model and its tokenizer as a Hugging Face folder."""
+def save(size: str, folder: Path, device: str = "cpu") -> Path:
+    """The model, made on ``device``, and its tokenizer as a Hugging Face folder."""
     with quiet():
-        make_model(size).save_pretrained(folder)
+        make_model(size, device=device).save_pretrained(folder)
         tokenizer().save_pretrained(folder)
     return folder

@@ -33,7 +33,6 @@ from ccpo.learner import TrainRow
 from ccpo.learner.loading import load_tokenizer
 from ccpo.learner.objective import Objective
 from ccpo.loggers import Sinks
-from ccpo.rating_lessons import RatingLessons
 from ccpo.rollout import Voice
 from ccpo.runfolder import RunFolder
 from ccpo.tasks import TASKS, ProceduralTask
@@ -135,9 +134,7 @@ def _reader(path: str, setup: Setup, assumed: list[str]) -> Any:
     if path == "bootstrap":
         task = setup.task
         if isinstance(task, ProceduralTask):
-            prompt, noise = rating_lessons_of(setup), setup.config.bootstrap.rating_noise
-            ratings = None if prompt is None else RatingLessons(setup.team, task, prompt, noise)
-            return base_tokenizer(setup.team, task, ratings)
+            return base_tokenizer(setup.team, task, rating_lessons_of(setup))
         raise UserError(
             "model.path is 'bootstrap', whose tokenizer is made from a procedural task; set model.path to a Hugging Face model, or leave "
             "--problem-tokens out"

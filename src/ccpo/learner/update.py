@@ -54,20 +54,17 @@ its rows."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentRows:
-    """All rows of an agent in a mini-batch; ``pieces`` are its segments with a gradient, as indices of rows; ``size`` is that of its model, in
-    numbers."""
+    """All rows of an agent in a mini-batch; ``pieces`` are its segments with a gradient, as indices of rows."""
 
     policy: str
     agent: str
     rows: list[TrainRow]
     segments: list[int]
     pieces: list[list[int]]
-    size: int
 
     def work(self) -> list[int]:
-        """Of each piece its tokens times the size of the model."""
-        lengths = [len(row.prompt_ids) + len(row.token_ids) for row in self.rows]
-        return [self.size * sum(lengths[i] for i in piece) for piece in self.pieces]
+        """Tokens of each piece."""
+        return [sum(len(self.rows[i].prompt_ids) + len(self.rows[i].token_ids) for i in piece) for piece in self.pieces]
 
 
 class Learner:
@@ -135,6 +132,7 @@ class Learner:
         }
         wanted = trained if self.objective.needs_reference else {}
         self._references = {name: Reference(policy) for name, policy in wanted.items()}
+        self._sizes = {name: sum(p.numel() for p in policy.model.parameters()) for name, policy in trained.items()}
         numbers = sum(p.numel() for policy in trained.values() for p in policy.parameters().values())
         self._at_once = numbers <= AT_ONCE and not any(is_sharded(policy.model) for policy in trained.values())
 
@@ -161,10 +159,11 @@ class Learner:
         versions = {name: policy.version for name, policy in self.policies.items()}
         for _ in range(self._epochs):
             for shares_by_policy in work:
-                alone = [{name: shares} for name, shares in shares_by_policy.items()]
-                for group in [shares_by_policy] if self._at_once and self.comm.size > 1 else alone:
-                    fresh = {name: self.policies[name].version == versions[name] for name in group}
-                    losses = {n: self._gradient(n, shares, meters, fresh=fresh[n]) for n, shares in group.items()}
+                for group in self._groups(shares_by_policy):
+                    losses = {
+                        name: self._gradient(name, shares, meters, fresh=self.policies[name].version == versions[name])
+                        for name, shares in group.items()
+                    }
                     for name, shares in group.items():
                         self._update(
                             name, shares, losses[name], meters, factor, step=step, failure_folder=failure_folder
@@ -197,10 +196,7 @@ class Learner:
         pieces: dict[int, list[int]] = {}
         for index in self._live(rows, segments):
             pieces.setdefault(segments[index], []).append(index)
-        size = sum(p.numel() for p in self.policies[policy].model.parameters())
-        return AgentRows(
-            policy=policy, agent=agent, rows=rows, segments=segments, pieces=list(pieces.values()), size=size
-        )
+        return AgentRows(policy=policy, agent=agent, rows=rows, segments=segments, pieces=list(pieces.values()))
 
     def _mine(self, parts: Sequence[AgentRows]) -> list[list[int]]:
         """Which pieces of each part this rank runs."""
@@ -209,7 +205,8 @@ class Learner:
             return [list(range(len(part.pieces))) for part in parts]
         if not self._at_once:
             return [deal(part.work(), ranks)[rank] for part in parts]
-        chosen = set(stretches([work for part in parts for work in part.work()], ranks)[rank])
+        work = [self._sizes[part.policy] * tokens for part in parts for tokens in part.work()]
+        chosen = set(stretches(work, ranks)[rank])
         found, start = [], 0
         for part in parts:
             found.append([i for i in range(len(part.pieces)) if start + i in chosen])
@@ -282,6 +279,12 @@ class Learner:
             for share in shares:
                 for batch in share.batches:
                     batch.ref_BT = score(model, batch, self._dtype(policy))[0]
+
+    def _groups(self, work: Work) -> list[Work]:
+        """The policies whose gradients are held at the same time: all, or one after the other."""
+        if self._at_once and self.comm.size > 1:
+            return [work]
+        return [{name: shares} for name, shares in work.items()]
 
     # --- one update ---------------------------------------------------------------------------------------------------
 
@@ -364,7 +367,6 @@ class Learner:
         broken = [i for i, value in enumerate(values[:-1]) if not math.isfinite(value)]
         if self.comm.size > 1:
             failure_folder = failure_folder / f"rank-{self.comm.rank}"
-
         elsewhere = any(self.comm.gather_plain(bool(broken)))
 
         def refuse_mine() -> None:
