@@ -224,7 +224,7 @@ def test_a_choice_is_measured_with_it_and_without_it(monkeypatch):
     bench = choices._Bench(1)
     bench.no_padding("1M")
     assert len(own) == 3, "two turns of warming up and one that counts; the other side goes through transformers"
-    with choices._unpacked("ccpo.engines.weights"):
+    with choices.in_torch():
         plain = make_engine(shapes.make_model("1M"), shapes.tokenizer(), dtype=torch.bfloat16)
     assert type(plain.weights.layers[0].qkv) is Product
 

@@ -32,7 +32,7 @@ def test_recorded_steps_say_what_the_cpu_says(variant):
     model = tiny_model(family, **overrides)
     here = make_engine(model, TOKENIZER, kind="native", dtype=torch.float32)
     there = make_engine(tiny_model(family, **overrides).cuda(), TOKENIZER, kind="native", dtype=torch.float32)
-    assert there.arena.record
+    assert there.layers.arena.record
     for seed in range(3):
         asked = mixed_requests(10 * seed + 14, seed=seed)
         for a, b in zip(here.generate(asked), there.generate(asked), strict=True):
@@ -45,14 +45,14 @@ def test_a_recording_reads_refreshed_weights():
     engine = make_engine(model, TOKENIZER, kind="native", dtype=torch.float32)
     asked = [Request(prompt_ids=p, seed=i, max_tokens=20) for i, p in enumerate(prompts(3, 9, 17))]
     before = [c.token_ids for c in engine.generate(asked)]
-    recorded = {id(f): set(f.recordings) for f in engine.arena.fixed.values()}
+    recorded = {id(f): set(f.recordings) for f in engine.layers.arena.fixed.values()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, device="cuda"))
     engine.refresh()
     after = engine.generate(asked)
     assert [c.token_ids for c in after] != before
-    assert {id(f): set(f.recordings) for f in engine.arena.fixed.values()} == recorded
+    assert {id(f): set(f.recordings) for f in engine.layers.arena.fixed.values()} == recorded
     fresh = make_engine(model, TOKENIZER, kind="native", dtype=torch.float32)
     assert [c.token_ids for c in fresh.generate(asked)] == [c.token_ids for c in after]
 

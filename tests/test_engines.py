@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F  # noqa: N812
 
-from ccpo.engines import native, prefix
+from ccpo.engines import layers, native, prefix
 from ccpo.engines.base import batches, make_engine
 from ccpo.engines.cache import Cache
 from ccpo.engines.finish import decoder
@@ -76,9 +76,9 @@ def forward_logprobs(model, prompt, token_ids, temperature=1.0):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("chunk", [native.PREFILL_TOKENS, 40])
+@pytest.mark.parametrize("chunk", [layers.PREFILL_TOKENS, 40])
 def test_native_logits_equal_transformers(variant, chunk, monkeypatch):
-    monkeypatch.setattr(native, "PREFILL_TOKENS", chunk)
+    monkeypatch.setattr(layers, "PREFILL_TOKENS", chunk)
     family, overrides = VARIANTS[variant]
     model = tiny_model(family, **overrides)
     asked = prompts(2, 17, 90, 131)
@@ -150,8 +150,8 @@ def test_equal_prompts_are_prefilled_once():
 
 def test_finished_rows_leave_the_batch(monkeypatch):
     widths: list[int] = []
-    step = native.NativeEngine.step
-    monkeypatch.setattr(native.NativeEngine, "step", lambda *a: (widths.append(len(a[2])), step(*a))[1])
+    step = layers.TorchLayers.step
+    monkeypatch.setattr(layers.TorchLayers, "step", lambda *a: (widths.append(len(a[2])), step(*a))[1])
     model = tiny_model()
     with torch.no_grad():
         model.get_input_embeddings().weight[1] = 0  # a logit of 0: with these seeds no row ends early
@@ -172,17 +172,17 @@ def test_fixed_addresses_give_the_same(variant):
     family, overrides = VARIANTS[variant]
     model = tiny_model(family, **overrides)
     plain, fixed = (make_engine(model, TOKENIZER, kind="native", dtype=torch.float32) for _ in range(2))
-    fixed.arena = Arena(fixed.weights, fixed.step)
+    fixed.layers.arena = Arena(fixed.weights, fixed.layers._step)
     for seed in range(3):  # batches of other shapes in the same memory
         asked = mixed_requests(10 * seed + 14, seed=seed)
         for a, b in zip(plain.generate(asked), fixed.generate(asked), strict=True):
             assert (a.token_ids, a.finish) == (b.token_ids, b.finish)
             assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
-    shapes = set(fixed.arena.fixed)
+    shapes = set(fixed.layers.arena.fixed)
     assert len(shapes) > 1 and all(r % 8 == 0 and c % 64 == 0 for r, c in shapes)
-    before = {id(f): dict(f.recordings) for f in fixed.arena.fixed.values()}
+    before = {id(f): dict(f.recordings) for f in fixed.layers.arena.fixed.values()}
     fixed.generate(mixed_requests(34, seed=2))
-    assert {id(f): f.recordings for f in fixed.arena.fixed.values()} == before  # nothing is recorded twice
+    assert {id(f): f.recordings for f in fixed.layers.arena.fixed.values()} == before  # nothing is recorded twice
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -485,6 +485,7 @@ def test_attention_in_bfloat16_hangs_on_the_model_alone_and_is_nearly_as_exact(m
     errors = {}
     for wide in (0, 10**6):
         monkeypatch.setattr("ccpo.engines.weights.WIDE", wide)
+        monkeypatch.setattr(native, "fits", lambda *_: False)
         engine = make_engine(model, tiny_tokenizer(), dtype=torch.bfloat16)
         assert engine.weights.attention_dtype == (torch.float32 if wide else torch.bfloat16)
         apart = []

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from ccpo.bench.ours import TEAMS, OurStep
 from ccpo.bench.shapes import SIZES, Size, save, tokenizer
 from ccpo.config import load_recipe
-from ccpo.engines import products
 from ccpo.engines.products import Product
 from ccpo.engines.weights import Weights
 from ccpo.errors import UserError
@@ -160,8 +159,7 @@ def real_bytes(policies: dict) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("agents", [1, 2, 3])
 @pytest.mark.parametrize("sharing", ["separate", "lora"])
-def test_what_stays_is_what_real_tensors_take(base: Path, sharing: str, agents: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(products, "packing_works", lambda: False)  # the sizes of packed tensors cannot be seen
+def test_what_stays_is_what_real_tensors_take(base: Path, sharing: str, agents: int):
     specs = [PolicySpec(name=f"a{i}", agents=(f"a{i}",), model_path=str(base)) for i in range(agents)]
     lora = {"rank": 4, "alpha": 8.0, "dropout": 0.0, "targets": "all-linear"}
     policies = load_policies(specs, sharing=sharing, lora=lora)

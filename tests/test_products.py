@@ -1,25 +1,19 @@
-"""Packed products against plain ones, and what stands in where this torch cannot pack."""
+"""Products for decode.c against torch's."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 
-from ccpo.engines import make_engine, products
-from ccpo.engines.products import GatedProduct, PackedGatedProduct, PackedProduct, Product, packing_works
-from tiny import tiny_model, tiny_tokenizer
+from ccpo.engines.products import GatedPanels, GatedProduct, Panels, Product
+from ccpo.kernels.compiled import library, why_not
 
 torch.set_num_threads(1)
-TOKENIZER = tiny_tokenizer(pad=False)
-PAIRS = [(Product, PackedProduct), (GatedProduct, PackedGatedProduct)]
-packs = pytest.mark.skipif(not packing_works(), reason="this CPU or this torch does not pack bfloat16 weights")
+compiled = pytest.mark.skipif(library() is None, reason=f"no compiled code here: {why_not()}")
 
 
-def made(kind: type[Product], *, bias: bool, seed: int = 0) -> Product:
-    product = kind(48, 40, bias=bias, dtype=torch.bfloat16, device=torch.device("cpu"))
+def made(kind: type[Product], outputs: int, inputs: int, *, bias: bool, seed: int = 0) -> Product:
+    product = kind(outputs, inputs, bias=bias, dtype=torch.bfloat16, device=torch.device("cpu"))
     write(product, seed)
     return product
 
@@ -27,100 +21,84 @@ def made(kind: type[Product], *, bias: bool, seed: int = 0) -> Product:
 def write(product: Product, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with product.rewritten() as (weight, offset):
-        weight.copy_(torch.randn(weight.shape, generator=generator) * 40**-0.5)
+        weight.copy_(torch.randn(weight.shape, generator=generator) * weight.shape[1] ** -0.5)
         if offset is not None:
             offset.copy_(torch.randn(offset.shape, generator=generator))
 
 
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.allclose(a.float(), b.float(), rtol=0.02, atol=0.02)
+def exact(product: Product, x: torch.Tensor) -> torch.Tensor:
+    """The product of the same numbers in float32."""
+    found = x.float() @ product.weight.float().t()
+    return found if product.bias is None else found + product.bias.float()
 
 
-@packs
-@pytest.mark.parametrize("rows", [1, 2, 63, 64, 300])
+@pytest.fixture(params=["tiles", "vectors"])
+def instructions(request):
+    """AMX where there is one, and without it."""
+    code = library()
+    code.ccpo_begin(request.param == "tiles")
+    yield request.param
+    code.ccpo_begin(1)
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 31, 33, 63, 64, 127, 129, 300])
+@pytest.mark.parametrize(("outputs", "inputs"), [(48, 40), (32, 32), (101, 64), (96, 130)])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kinds", PAIRS)
-def test_packed_is_plain(kinds, bias, rows):
-    plain, packed = (made(kind, bias=bias) for kind in kinds)
-    x = torch.randn(rows, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
-    assert close(packed(x), plain(x))
-    assert plain(x).abs().mean() > 0.1
-    assert not hasattr(packed, "weight")  # no second copy
+def test_panels_multiply_as_torch(instructions, outputs, inputs, bias, rows):
+    plain, laid_out = (made(kind, outputs, inputs, bias=bias) for kind in (Product, Panels))
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
+    found, want = laid_out(x), exact(plain, x)
+    assert found.shape == (rows, outputs) and found.dtype == torch.float32
+    assert torch.allclose(found, want, rtol=1e-5, atol=1e-5)
+    assert want.abs().mean() > 0.1
+    assert not hasattr(laid_out, "weight")  # no second copy
 
 
-@packs
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_residual_is_added(bias):
-    plain, packed = (made(kind, bias=bias) for kind in PAIRS[0])
-    x, hidden = (torch.randn(5, size, generator=torch.Generator().manual_seed(size)).bfloat16() for size in (40, 48))
-    want = hidden.float() + plain(x).float()
-    assert close(packed.onto(hidden.clone(), x), want)
-    assert close(plain.onto(hidden.clone(), x), want)
+@compiled
+def test_a_row_does_not_hang_on_those_beside_it(instructions):
+    product = made(Panels, 96, 64, bias=True)
+    x = torch.randn(77, 64).bfloat16()
+    together = product(x)
+    assert all(torch.equal(product(x[i : i + 1])[0], together[i]) for i in range(0, 77, 5))
+    assert torch.equal(product(x.flip(0)).flip(0), together)
 
 
-@packs
-@pytest.mark.parametrize("kinds", PAIRS)
-def test_new_weights_are_packed_again(kinds):
-    plain, packed = (made(kind, bias=True) for kind in kinds)
-    x = torch.randn(4, 40).bfloat16()
-    before = packed(x)
-    for product in (plain, packed):
-        write(product, seed=9)
-    assert close(packed(x), plain(x))
-    assert not close(packed(x), before)
-
-
-@packs
-@pytest.mark.parametrize("tied", [False, True])
-def test_an_engine_says_the_same_either_way(tied, monkeypatch):
-    model = tiny_model("qwen2", tie_word_embeddings=tied)
-    prompts = [(3, 4, 5), (6, 7, 8, 9, 3)]
-    packed = make_engine(model, TOKENIZER, dtype=torch.bfloat16)
-    monkeypatch.setattr(products, "packing_works", lambda: False)
-    plain = make_engine(model, TOKENIZER, dtype=torch.bfloat16)
-    assert isinstance(packed.weights.head, PackedProduct)
-    assert not isinstance(plain.weights.head, PackedProduct)
-    assert (plain.weights.head.weight is plain.weights.embed) == tied
-    assert torch.allclose(packed.logits(prompts).float(), plain.logits(prompts).float(), atol=0.05)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
-    before = packed.logits(prompts)
-    for engine in (packed, plain):
-        engine.refresh()
-    assert torch.allclose(packed.logits(prompts).float(), plain.logits(prompts).float(), atol=0.05)
-    assert not torch.allclose(packed.logits(prompts), before, atol=0.05)
-
-
-class Shuffled:
-    """A packed product of another torch, which gives something else."""
-
-    def __call__(self, x: torch.Tensor, packed: Any, *_: Any) -> torch.Tensor:
-        return x.new_zeros(len(x), 64)
-
-    def binary(self, x: torch.Tensor, other: torch.Tensor, *_: Any) -> torch.Tensor:
-        return other
-
-
-@pytest.mark.parametrize(
-    "operators",
-    [
-        SimpleNamespace(),
-        SimpleNamespace(_reorder_linear_weight=lambda weight: weight, _linear_pointwise=Shuffled()),
-        SimpleNamespace(_reorder_linear_weight=lambda weight, rows: weight, _linear_pointwise=Shuffled()),
-    ],
-    ids=["absent", "other arguments", "wrong"],
-)
-def test_a_torch_that_does_not_pack_as_it_should_is_found_out(operators, monkeypatch):
-    monkeypatch.setattr(torch.ops, "mkldnn", operators, raising=False)
-    packing_works.cache_clear()
+@compiled
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_the_work(threads):
+    product, x = made(Panels, 320, 64, bias=True), torch.randn(300, 64).bfloat16()
+    want = product(x)
+    torch.set_num_threads(threads)
     try:
-        assert not packing_works()
-        assert products.products(torch.device("cpu"), torch.bfloat16) == (Product, GatedProduct)
+        assert torch.equal(product(x), want)
     finally:
-        packing_works.cache_clear()
+        torch.set_num_threads(1)
 
 
-def test_other_precisions_and_devices_are_plain():
-    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16), ("cpu", torch.float16)):
-        assert products.products(torch.device(device), dtype) == (Product, GatedProduct)
+@compiled
+@pytest.mark.parametrize("inner", [24, 32, 40, 96])
+def test_gates_stand_beside_what_goes_through_them(inner):
+    plain, gated = (made(kind, 2 * inner, 40, bias=True) for kind in (GatedProduct, GatedPanels))
+    x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
+    rows = torch.cat((gated.panels.transpose(1, 2).flatten(2).flatten(0, 1)[:, :40].float(), gated.offset[:, None]), 1)
+    gate, up = rows.view(-1, 2, 16, 41).unbind(1)
+    for half, want in ((gate, plain.weight[:inner]), (up, plain.weight[inner:])):
+        assert torch.equal(half.flatten(0, 1)[:inner, :40], want.float())
+        assert half.flatten(0, 1)[inner:].count_nonzero() == 0
+    assert torch.equal(gate.flatten(0, 1)[:inner, 40], plain.bias[:inner].float())
+    assert torch.equal(up.flatten(0, 1)[:inner, 40], plain.bias[inner:].float())
+    a, b = exact(plain, x).chunk(2, -1)
+    assert torch.allclose(plain(x).float(), torch.nn.functional.silu(a) * b, rtol=0.03, atol=0.03)
+
+
+@compiled
+@pytest.mark.parametrize("kind", [Panels, GatedPanels])
+def test_new_weights_go_to_the_same_place(kind):
+    product = made(kind, 64, 64, bias=True)
+    before, at = product.panels.clone(), (product.panels.data_ptr(), product.offset.data_ptr())
+    write(product, seed=9)
+    assert at == (product.panels.data_ptr(), product.offset.data_ptr())
+    assert not torch.equal(product.panels, before)
+    write(product, seed=0)
+    assert torch.equal(product.panels, before)

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ccpo.cachefolder import cache_folder
 from ccpo.config import CONTEXT, BootstrapSection
 from ccpo.errors import UserError
 from ccpo.learner.loading import quiet
@@ -32,10 +33,6 @@ PAD, EOS = "<pad>", "<eos>"
 
 Pair = tuple[list[int], list[int], bool]
 """Token ids of a prompt and of what is to be said after it (with the end token); and whether the prompt says all that is needed."""
-
-
-def cache_folder() -> Path:
-    return Path(os.environ.get("CCPO_CACHE") or Path.home() / ".cache" / "ccpo")
 
 
 def bootstrap(

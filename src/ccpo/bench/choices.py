@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from ccpo.bench.shapes import make_model, tokenizer
 from ccpo.bench.timing import Comparison, in_turns
 from ccpo.bench.update import learner_of, make_rows
 from ccpo.engines import make_engine
-from ccpo.engines.products import GatedProduct, Product
 from ccpo.families import compute_dtype
+from ccpo.kernels.compiled import library
 from ccpo.learner import TrainRow
 from ccpo.learner.layout import Layout
 
@@ -31,15 +31,14 @@ CPU = torch.device("cpu")
 
 
 def run(mode: str, *, repeats: int) -> Iterator[Comparison]:
-    """On a CPU: on a GPU there is neither packing nor a shared cache."""
+    """On a CPU."""
     bench = _Bench(repeats)
     for size in DECODE[mode]:
         new = 32 if size == "100M" else 64
         yield bench.low_precision(size, new)
-        if bench.compute == torch.bfloat16:
-            yield bench.packed(size, new)
+        if bench.compute == torch.bfloat16 and library() is not None:
+            yield bench.in_c(size, new)
         yield bench.finished_rows(size, new)
-        yield bench.shared_cache(size)
     for size in UPDATE[mode]:
         yield bench.prompts_once(size)
         yield bench.no_padding(size)
@@ -54,10 +53,12 @@ class _Bench:
         self.repeats, self.compute = repeats, compute_dtype(CPU)
 
     def low_precision(self, size: str, new: int, rows: int = 64) -> Comparison:
+        """Both in torch, which is all that float32 has."""
         model = make_model(size)
         asked = requests(random_prompts(rows, 32), new)
-        ours, base = (make_engine(model, tokenizer(), dtype=t) for t in (self.compute, torch.float32))
-        limits = [forward_limit(model, rows, t) for t in (self.compute, torch.float32)]
+        with in_torch():
+            ours, base = (make_engine(model, tokenizer(), dtype=t) for t in (self.compute, torch.float32))
+            limits = [forward_limit(model, rows, t) for t in (self.compute, torch.float32)]
         return self._compare(
             f"{size}, {str(self.compute)[6:]} for float32",
             lambda: ours.generate(asked),
@@ -65,14 +66,15 @@ class _Bench:
             self._ratio(*limits),
         )
 
-    def packed(self, size: str, new: int, rows: int = 64) -> Comparison:
+    def in_c(self, size: str, new: int, rows: int = 64) -> Comparison:
+        """Without: the same layers in torch."""
         model = make_model(size)
         asked = requests(random_prompts(rows, 32), new)
         ours, limit = make_engine(model, tokenizer()), forward_limit(model, rows, torch.bfloat16)
-        with _unpacked("ccpo.engines.weights"), _unpacked("ccpo.bench.limits"):
+        with in_torch():
             base, base_limit = make_engine(model, tokenizer()), forward_limit(model, rows, torch.bfloat16)
         return self._compare(
-            f"{size}, packed weights",
+            f"{size}, layers in C",
             lambda: ours.generate(asked),
             lambda: base.generate(asked),
             self._ratio(limit, base_limit),
@@ -89,26 +91,6 @@ class _Bench:
             lambda: engine.generate(early),
             lambda: engine.generate(whole),
             rows * new / sum(r.max_tokens for r in early),
-        )
-
-    def shared_cache(
-        self, size: str, prompts: int = 8, samples: int = 8, prompt: int = 256, new: int = 32
-    ) -> Comparison:
-        """Without: a prompt runs once too, but each of its rows has its own copy of the keys and values. Predicted from the columns that a
-        step reads, as if nothing else took time."""
-        engine = make_engine(make_model(size), tokenizer())
-        asked = requests([p for p in random_prompts(prompts, prompt) for _ in range(samples)], new)
-
-        def base() -> None:
-            with patch("ccpo.engines.prefix.SAVED", float("inf")):
-                engine.generate(asked)
-
-        rows = prompts * samples
-        return self._compare(
-            f"{size}, samples share a prompt's cache, {prompt} + {new}",
-            lambda: engine.generate(asked),
-            base,
-            rows * (prompt + new / 2) / (prompts * prompt + rows * new / 2),
         )
 
     def prompts_once(self, size: str) -> Comparison:
@@ -187,5 +169,8 @@ class _Bench:
         )
 
 
-def _unpacked(module: str) -> AbstractContextManager[Any]:
-    return patch(f"{module}.products", lambda device, dtype: (Product, GatedProduct))
+@contextmanager
+def in_torch() -> Iterator[None]:
+    """What is made in here runs without the code in C."""
+    with patch("ccpo.engines.native.fits", return_value=False), patch("ccpo.bench.limits.library", return_value=None):
+        yield

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ccpo.engines.native import PREFILL_TOKENS
-from ccpo.engines.products import Product, products
+from ccpo.engines.fused import PREFILL_TOKENS
+from ccpo.engines.products import Panels, Product
+from ccpo.kernels.compiled import library
 
 LAST = 5  # the matrices of the last layer, and the head
 
@@ -75,8 +76,8 @@ def _keys_values(model: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _product(weight: Tensor) -> Product:
-    kind, _ = products(weight.device, weight.dtype)
-    made = kind(*weight.shape, bias=False, dtype=weight.dtype, device=weight.device)
+    compiled = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and library() is not None
+    made = (Panels if compiled else Product)(*weight.shape, bias=False, dtype=weight.dtype, device=weight.device)
     with made.rewritten() as (rows, _):
         rows.copy_(weight)
     return made

@@ -1,22 +1,16 @@
-"""Products with a weight, with what follows them: a residual added, a gate multiplied.
-
-On a CPU that multiplies bfloat16, weights are laid out once for its matrix unit (oneDNN's packed format) and what follows is done while
-the product is still in the cache. torch's compiler uses the same operators; they are not part of torch's public interface, so
-they are tried once, and where they do not do what they should, plain operators take their place.
-"""
+"""Products with a weight, with what follows them: in torch, or laid out for ``decode.c``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, pad, silu
 
-ROWS = 64  # for so many rows is the layout chosen; it serves any number
+from ccpo.kernels.compiled import library, panels
 
 
 class Product:
@@ -64,77 +58,60 @@ class GatedProduct(Product):
         return silu(gate).mul_(up)
 
 
-class PackedProduct(Product):
-    """A product whose weight is kept packed, and only so."""
+class Panels(Product):
+    """A product whose weight is kept in panels, and only so, for ``decode.c``: both sizes up to multiples of 32, with zeros."""
+
+    HALVES = 1
 
     def _allocate(self, weight: Tensor | None) -> None:
-        self.packed: Tensor | None = None
+        outputs, inputs = self.shape
+        self.padded = (self.HALVES * _up(outputs // self.HALVES), _up(inputs))
+        self.panels = torch.zeros(self.padded[0] // 16, self.padded[1] // 2, 16, 2, dtype=torch.bfloat16)
+        self.offset = None if self.bias is None else torch.zeros(self.padded[0])
 
     @contextmanager
     def rewritten(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """An empty weight, which is packed when it has been written, and the bias."""
+        """An empty weight and bias, which are laid out when they have been written."""
         weight = torch.empty(self.shape, **self.options)
         yield weight, self.bias
-        self._keep(weight)
+        self.panels.copy_(panels(self._ordered(weight)))
+        if self.bias is not None:
+            self.offset.copy_(self._ordered(self.bias[:, None].expand(-1, 1))[:, 0])
 
-    def _keep(self, weight: Tensor) -> None:
-        self.packed = _pack(weight)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-    def onto(self, hidden: Tensor, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, hidden, self.packed, self.bias, "add")
-
-
-class PackedGatedProduct(PackedProduct):
-    """The counterpart of :class:`GatedProduct`, as two products."""
-
-    def _allocate(self, weight: Tensor | None) -> None:
-        self.halves: tuple[Tensor, ...] = ()
-        self.biases = (None, None) if self.bias is None else self.bias.chunk(2)
-
-    def _keep(self, weight: Tensor) -> None:
-        self.halves = tuple(_pack(half) for half in weight.chunk(2))
+    def _ordered(self, rows: Tensor) -> Tensor:
+        return pad(rows, (0, _up(rows.shape[1]) - rows.shape[1], 0, self.padded[0] - len(rows)))
 
     def __call__(self, x: Tensor) -> Tensor:
-        (gate, up), (gate_bias, up_bias) = self.halves, self.biases
-        gated = torch.ops.mkldnn._linear_pointwise(x, gate, gate_bias, "swish", [], "")
-        return torch.ops.mkldnn._linear_pointwise.binary(x, gated, up, up_bias, "mul")
+        """Float32 ``[rows, out]`` of bfloat16 rows; decoding does not come here, it runs whole models."""
+        rows, (outputs, inputs) = len(x), self.padded
+        left = pad(x, (0, inputs - x.shape[1], 0, -rows % 32)).contiguous()
+        into = torch.empty(rows, outputs)
+        offset = None if self.offset is None else self.offset.data_ptr()
+        library().ccpo_product(
+            rows,
+            outputs,
+            inputs,
+            left.data_ptr(),
+            self.panels.data_ptr(),
+            offset,
+            into.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return into[:, : self.shape[0]]
 
 
-def products(device: torch.device, dtype: torch.dtype) -> tuple[type[Product], type[Product]]:
-    """The classes of plain and of gated products that are fastest there."""
-    packed = device.type == "cpu" and dtype == torch.bfloat16 and packing_works()
-    return (PackedProduct, PackedGatedProduct) if packed else (Product, GatedProduct)
+class GatedPanels(Panels):
+    """A panel of gates, the panel of what goes through them, and so on."""
+
+    HALVES = 2
+
+    def _ordered(self, rows: Tensor) -> Tensor:
+        gate, up = (
+            pad(half, (0, _up(half.shape[1]) - half.shape[1], 0, self.padded[0] // 2 - len(half)))
+            for half in rows.chunk(2)
+        )
+        return torch.stack((gate.unflatten(0, (-1, 16)), up.unflatten(0, (-1, 16))), 1).flatten(0, 2)
 
 
-@cache
-def packing_works() -> bool:
-    """Whether this torch packs bfloat16 weights, and products with them are right."""
-    if not torch.backends.mkldnn.is_available() or not torch.cpu.get_capabilities().get("avx512_bf16"):
-        return False
-    shape: dict[str, Any] = {"bias": True, "dtype": torch.bfloat16, "device": torch.device("cpu")}
-    generator = torch.Generator().manual_seed(0)
-    x, weight, bias, hidden = (
-        torch.randn(s, generator=generator).bfloat16() for s in ((3, 32), (64, 32), (64,), (3, 64))
-    )
-    try:
-        for plain, packed in ((Product, PackedProduct), (GatedProduct, PackedGatedProduct)):
-            sides = [kind(64, 32, **shape) for kind in (plain, packed)]
-            for side in sides:
-                with side.rewritten() as (to, to_bias):
-                    to.copy_(weight)
-                    to_bias.copy_(bias)
-            pairs = [[side(x) for side in sides]]
-            if plain is Product:
-                pairs.append([side.onto(hidden.clone(), x) for side in sides])
-            if not all(torch.allclose(a.float(), b.float(), rtol=0.05, atol=0.1) for a, b in pairs):
-                return False
-    except (AttributeError, RuntimeError, TypeError):  # another torch, whose operators have other names or arguments
-        return False
-    return True
-
-
-def _pack(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+def _up(n: int) -> int:
+    return -(-n // 32) * 32

@@ -7,12 +7,14 @@ without top-k or top-p thus gets the same token beside rows that have them.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import CDLL
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ccpo.kernels.compiled import library
 from ccpo.types import Request
 
 _GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15, the odd integer nearest to 2^64 / golden ratio
@@ -158,6 +160,36 @@ class Sampler:
 
     def draw(self, logits_BV: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """One token a row and its probability under softmax(logits / temperature) before anything is cut."""
+        code = library() if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32 else None
+        if code is None:
+            return self._draw(logits_BV, step)
+        some = None if self.cut_rows is None else self.select(self.cut_rows)._draw(logits_BV[self.cut_rows], step)
+        token_B, prob_B = self._draw_compiled(code, logits_BV, step)
+        if some is not None:
+            token_B[self.cut_rows], prob_B[self.cut_rows] = some
+        return token_B, prob_B
+
+    def _draw_compiled(self, code: CDLL, logits_BV: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """All rows without cuts, in one call."""
+        rows, vocab = logits_BV.shape
+        logits_BV = logits_BV if logits_BV.stride(1) == 1 else logits_BV.contiguous()
+        token_B, prob_B = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        code.ccpo_sample(
+            rows,
+            vocab,
+            logits_BV.data_ptr(),
+            logits_BV.stride(0),
+            self.noise_BT.data_ptr() + 8 * step,
+            self.noise_BT.stride(0),
+            None if self.temperature_B1 is None else self.temperature_B1.data_ptr(),
+            None if self.greedy_B is None else self.greedy_B.data_ptr(),
+            token_B.data_ptr(),
+            prob_B.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return token_B, prob_B
+
+    def _draw(self, logits_BV: Tensor, step: int) -> tuple[Tensor, Tensor]:
         if self.temperature_B1 is not None:
             logits_BV = logits_BV.float() / self.temperature_B1
         prob_BV = torch.softmax(logits_BV, -1, dtype=torch.float32)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ccpo.engines.products import Product, products
+from ccpo.engines.products import GatedPanels, GatedProduct, Panels, Product
 from ccpo.families import bare, compute_dtype, head_dim, whole
 
 WIDE = 512  # hidden channels from which a CPU attends faster in bfloat16
@@ -39,11 +39,12 @@ class Layer:
 @dataclass(slots=True, kw_only=True)
 class Weights:
     """All of a model that decoding reads. ``dtype`` is that of the matrices; the attention and its cache are in ``attention_dtype``: on a
-    CPU float32 for models narrower than ``WIDE``, whose bfloat16 products would be slower. It hangs on the model alone: what is
-    batched together must not matter."""
+    CPU float32 for models narrower than ``WIDE``, whose bfloat16 products would be slower in torch. It hangs on the model alone: what is
+    batched together must not matter. ``fused``: matrices in panels, and norms in float32, for `ccpo.engines.fused`."""
 
     source: Any
     adapter: str | None
+    fused: bool
     dtype: torch.dtype
     attention_dtype: torch.dtype
     device: torch.device
@@ -62,7 +63,7 @@ class Weights:
     rotation: Tensor | None = None
 
     @classmethod
-    def of(cls, model: Any, *, dtype: torch.dtype | None, adapter: str | None) -> Weights:
+    def of(cls, model: Any, *, dtype: torch.dtype | None, adapter: str | None, fused: bool = False) -> Weights:
         """Copies the weights of a model of these families (`ccpo.families.unsupported`)."""
         source = bare(model)
         config, body = source.config, source.model
@@ -70,10 +71,11 @@ class Weights:
         dtype = compute_dtype(device) if dtype is None else dtype
         with torch.no_grad():
             embed = _weight(body.embed_tokens, adapter).to(dtype, copy=True)
-            plain, _ = products(device, dtype)
+            plain = Panels if fused else Product
             made = cls(
                 source=source,
                 adapter=adapter,
+                fused=fused,
                 dtype=dtype,
                 attention_dtype=torch.float32 if device.type == "cpu" and config.hidden_size < WIDE else dtype,
                 device=device,
@@ -84,7 +86,7 @@ class Weights:
                 eps=config.rms_norm_eps,
                 vocab=embed.shape[0],
                 embed=embed,
-                norm=whole(body.norm.weight).to(dtype, copy=True),
+                norm=whole(body.norm.weight).to(torch.float32 if fused else dtype, copy=True),
                 head=plain(
                     *embed.shape,
                     bias=False,
@@ -134,7 +136,7 @@ class Weights:
         attention, mlp = block.self_attn, block.mlp
         hidden, inner = block.input_layernorm.weight.shape[0], mlp.down_proj.in_features
         wide, every = self.heads * self.head_dim, self.heads + 2 * self.kv_heads
-        plain, gated = products(self.device, self.dtype)
+        plain, gated = (Panels, GatedPanels) if self.fused else (Product, GatedProduct)
         options: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
 
         def product(kind: type[Product], outputs: int, inputs: int, module: Any) -> Product:
@@ -142,11 +144,11 @@ class Weights:
 
         norms = (self.heads + self.kv_heads, self.head_dim)
         layer = Layer(
-            attention_norm=torch.empty(hidden, **options),
+            attention_norm=torch.empty(hidden, dtype=self.norm.dtype, device=self.device),
             qkv=product(plain, every * self.head_dim, hidden, attention.q_proj),
             qk_norm=torch.empty(norms, device=self.device) if hasattr(attention, "q_norm") else None,
             out=product(plain, hidden, wide, attention.o_proj),
-            mlp_norm=torch.empty(hidden, **options),
+            mlp_norm=torch.empty(hidden, dtype=self.norm.dtype, device=self.device),
             gate_up=product(gated, 2 * inner, hidden, mlp.gate_proj),
             down=product(plain, hidden, inner, mlp.down_proj),
         )

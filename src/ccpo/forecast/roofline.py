@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ccpo.engines.base import batches
-from ccpo.engines.native import CHECK, KEEP, LOGITS
+from ccpo.engines.layers import TorchLayers
+from ccpo.engines.native import CHECK, LOGITS
 from ccpo.forecast.cards import Card
 from ccpo.forecast.shapes import Shape
 from ccpo.forecast.standin import Asked
@@ -64,7 +65,7 @@ def members(asked: Sequence[Asked], shape: Shape, budget: int) -> list[list[Aske
 
 
 def batch_of(asked: Sequence[Asked]) -> Batch:
-    """One batch: every ``CHECK`` steps rows that have ended are looked for, and leave once at most ``KEEP`` of them are alive."""
+    """One batch: every ``CHECK`` steps rows that have ended are looked for, and leave once at most ``TorchLayers.KEEP`` of them are alive."""
     prompts = {a.prompt_ids: len(a.prompt_ids) for a in asked}
     width, lengths = max(prompts.values()), sorted(a.length for a in asked)
     most, rows, step, spans = max(a.max_tokens for a in asked), len(asked), 0, []
@@ -74,7 +75,7 @@ def batch_of(asked: Sequence[Asked]) -> Batch:
         spans.append(Span(steps=steps - (step == 0), rows=rows, columns=width + step + steps / 2))
         step += steps
         alive = len(lengths) - bisect_right(lengths, step)
-        rows = alive if alive <= KEEP * rows else rows
+        rows = alive if alive <= TorchLayers.KEEP * rows else rows
     return Batch(
         rows=len(asked),
         prompts=len(prompts),

@@ -1,0 +1,174 @@
+"""The C code beside this file, compiled for this processor when it is first needed, and checked.
+
+It takes a C compiler and a second; the result is kept in the cache folder (``CCPO_CACHE``), by what it was made from and for. Where there is no
+compiler, or the processor does not multiply bfloat16, the decoder runs in torch. ``CCPO_COMPILED=0`` asks for that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from ccpo.cachefolder import cache_folder
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+SECONDS = 120  # that a compiler may take
+
+
+def sources(suffix: str) -> list[Path]:
+    """The files with this suffix, in order."""
+    return sorted(SOURCES.glob(f"*{suffix}"))
+
+
+class Unavailable(Exception):
+    """Why the C code is not used here."""
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code; None where it is not to be had, and `why_not` says why."""
+    try:
+        return _load()
+    except Unavailable as reason:
+        log.info("the decoder runs in torch: %s", reason)
+        return None
+
+
+@cache
+def why_not() -> str | None:
+    """Why there is no compiled code; None if there is."""
+    try:
+        _load()
+    except Unavailable as reason:
+        return str(reason)
+    return None
+
+
+def has_tiles() -> bool:
+    """Whether AMX is used."""
+    found = library()
+    return found is not None and bool(found.tiles)
+
+
+@cache
+def _load() -> ctypes.CDLL:
+    if os.environ.get("CCPO_COMPILED") == "0":
+        raise Unavailable("CCPO_COMPILED is 0")
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        raise Unavailable(f"it is compiled on Linux on x86-64 only, not on {platform.system()} on {platform.machine()}")
+    if not torch.cpu.get_capabilities().get("avx512_bf16"):
+        raise Unavailable("the processor has no AVX-512 for bfloat16")
+    found = ctypes.CDLL(str(_built()))
+    _declare(found)
+    found.tiles = found.ccpo_begin(os.environ.get("CCPO_COMPILED") != "vectors")
+    if not _right(found):
+        raise Unavailable("what was compiled multiplies wrongly here")
+    return found
+
+
+def _built() -> Path:
+    """The shared library's path; it is made if it is not there."""
+    compiler = os.environ.get("CC") or next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
+    if compiler is None:
+        raise Unavailable("there is no C compiler (cc, gcc or clang); install one, or name one in CC")
+    made_of = (
+        *(path.read_bytes() for path in sources(".h") + sources(".c")),
+        " ".join(FLAGS).encode(),
+        compiler.encode(),
+        _processor(),
+    )
+    folder = cache_folder() / "compiled"
+    path = folder / f"kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not path.exists():
+            _compile(compiler, path)
+        _refuse_foreign(folder)
+        _refuse_foreign(path)
+    except OSError as error:
+        raise Unavailable(f"{folder} cannot be used: {error}") from error
+    return path
+
+
+def _compile(compiler: str, path: Path) -> None:
+    """Beside its place first, so that another process never loads half of it."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+        made = Path(beside) / path.name
+        command = [compiler, *FLAGS, "-o", str(made), *map(str, sources(".c")), "-lm"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise Unavailable(f"{compiler} could not run: {error}") from error
+        if done.returncode:
+            raise Unavailable(f"{compiler} could not compile {SOURCES.name}: {done.stderr.strip()[-500:]}")
+        made.chmod(0o700)
+        os.replace(made, path)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Code is loaded only from what belongs to this user, and which nobody else can write."""
+    info = path.stat()
+    if info.st_uid != os.getuid() or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise Unavailable(f"{path} can be written by others; make it yours alone (chmod go-w), or set CCPO_CACHE")
+
+
+def _processor() -> bytes:
+    """What this processor can do: a cache folder may be shared by machines that differ."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor().encode()
+    return "|".join(sorted({line for line in lines if line.startswith(("flags", "model name"))})).encode()
+
+
+def _declare(found: ctypes.CDLL) -> None:
+    """The types of its functions, without which pointers would be cut to 32 bits."""
+    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+    found.ccpo_begin.argtypes = [integer]
+    found.ccpo_room.argtypes, found.ccpo_room.restype = [pointer, integer, integer, integer], ctypes.c_size_t
+    found.ccpo_forward.argtypes, found.ccpo_forward.restype = [pointer] * 5 + [integer, integer, pointer], None
+    found.ccpo_sample.argtypes = [
+        integer,
+        integer,
+        pointer,
+        long,
+        pointer,
+        long,
+        pointer,
+        pointer,
+        pointer,
+        pointer,
+        integer,
+    ]
+    found.ccpo_sample.restype = None
+    found.ccpo_product.argtypes = [integer, integer, integer, pointer, pointer, pointer, pointer, integer]
+    found.ccpo_product.restype = None
+
+
+def _right(found: ctypes.CDLL) -> bool:
+    """Whether a product comes out as torch's."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 64, generator=generator).bfloat16() for rows in (32, 96))
+    into, packed = torch.empty(32, 96), panels(weight)
+    found.ccpo_product(32, 96, 64, x.data_ptr(), packed.data_ptr(), None, into.data_ptr(), 1)
+    return torch.allclose(into, x.float() @ weight.float().t(), rtol=1e-3, atol=1e-3)
+
+
+def panels(weight: torch.Tensor) -> torch.Tensor:
+    """``[N, K]`` as panels of 16 rows, ``[N / 16, K / 2, 16, 2]``: what ``product.c`` takes. N and K are multiples of 32."""
+    N, K = weight.shape
+    return weight.view(N // 16, 16, K // 2, 2).transpose(1, 2).contiguous()

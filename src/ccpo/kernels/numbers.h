@@ -1,0 +1,74 @@
+/* What all files share: products of bfloat16 matrices, and what is done to rows of numbers. For processors with AVX-512 for bfloat16; AMX is
+ * used where there is one.
+ *
+ * Everything is multiplied by `product`: A, rows of bfloat16, with B, which lies in panels of 16 columns, [K / 2][16][2] each, as
+ * both instructions want it. A row's result never hangs on the rows beside it. */
+#pragma once
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+
+enum { PANEL = 16, TILE = 16, PAIR = 2 * PANEL, ROWS = 128 };
+
+extern int use_tiles; /* whether AMX is used; see product.c */
+
+static inline int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+
+/* C <- A B, or C + A B if `add`: M rows, P panels, K even (with AMX a multiple of 32, and rows of A and C up to a multiple of 16 must be
+ * there; those of C are written). `panel`: from one panel to the next. */
+void product(int M, int P, int K, const bf16 *a, long lda, const bf16 *b, long panel, float *c, long ldc, int add);
+void product_without_tiles(int M, int P, int K, const bf16 *a, long lda, const bf16 *b, long panel, float *c, long ldc, int add);
+void begin_tiles(void); /* each thread, before it multiplies */
+void end_tiles(void);
+
+/* exp(x) to 2 units in the last place: 2^n times a polynomial (Cephes). 0 below -87, where floats lose digits and processors time; a NaN
+ * stays one. */
+static inline __m512 exponential(__m512 x) {
+    const __m512 least = _mm512_set1_ps(-87.0f);
+    const __mmask16 real = _mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ);
+    x = _mm512_max_ps(least, x);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    const float factors[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
+    for (int i = 0; i < 5; i++) y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(factors[i]));
+    y = _mm512_add_ps(_mm512_fmadd_ps(y, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1.0f));
+    return _mm512_maskz_scalef_ps(real, y, n);
+}
+
+static inline void store_bf16(bf16 *into, __m512 x) { _mm256_storeu_si256((__m256i *)into, (__m256i)_mm512_cvtneps_pbh(x)); }
+
+/* n bfloat16 numbers as floats, and zeros up to `width` */
+static void read_row(float *into, const bf16 *x, int n, int width) {
+    for (int i = 0; i < width; i += 16) {
+        const __mmask16 real = n - i >= 16 ? 0xffff : n > i ? (1 << (n - i)) - 1 : 0;
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, x + i));
+        _mm512_storeu_ps(into + i, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+    }
+}
+
+static float inverse_rms(const float *x, int n, float eps) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int i = 0; i < n; i += 16) {
+        const __m512 v = _mm512_maskz_loadu_ps(n - i < 16 ? (1 << (n - i)) - 1 : 0xffff, x + i);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    return 1.0f / sqrtf(_mm512_reduce_add_ps(sum) / n + eps);
+}
+
+/* RMS norm of a row, in bfloat16, with zeros up to `width` */
+static void norm_row(bf16 *into, const float *x, const float *weight, int n, int width, float eps) {
+    const __m512 factor = _mm512_set1_ps(inverse_rms(x, n, eps));
+    for (int i = 0; i < width; i += 16) {
+        const __mmask16 real = n - i >= 16 ? 0xffff : n > i ? (1 << (n - i)) - 1 : 0;
+        const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(real, x + i), factor);
+        store_bf16(into + i, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(real, weight + i)));
+    }
+}
