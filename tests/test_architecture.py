@@ -44,7 +44,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "engines": (PURE | BASE | {"comm", "families", "kernels", "rectangle"}, None),
     "rollout": (PURE | BASE | {"teams", "tasks", "engines"}, TORCH),
     "alarms": (PURE | {"explain", "rollout", "runfolder"}, TORCH | {"pydantic"}),
-    "learner": (PURE | BASE | {"comm", "families", "losses", "rectangle"}, None),
+    "learner": (PURE | BASE | {"comm", "families", "kernels", "losses", "rectangle"}, None),
     "diagnose": (
         PURE | {"credit", "learner", "losses", "pay", "planner", "rollout", "schedule", "tasks", "teams"},
         {"torch", "rich"},

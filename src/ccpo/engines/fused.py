@@ -17,30 +17,23 @@ from torch import Tensor
 
 from ccpo.engines.products import Panels
 from ccpo.engines.weights import Weights
-from ccpo.kernels.compiled import library
+from ccpo.kernels.compiled import library, structure
 
 PREFILL_TOKENS = 2_048  # prompt tokens that go through a layer at once
 QUERIES = 16  # tokens of a prompt that attend together
 
 
-def _structure(name: str, fields: str) -> type[ctypes.Structure]:
-    """A C struct: ``p`` pointer, ``i`` 32-bit integer, ``f`` float."""
-    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "f": ctypes.c_float}
-    pairs = [(field, kinds[kind]) for kind, _, field in (part.partition(" ") for part in fields.split(", "))]
-    return type(name, (ctypes.Structure,), {"_fields_": pairs})
-
-
 # as in decode.c
-CLayer = _structure(
+CLayer = structure(
     "CLayer",
     "p attention_norm, p qkv, p qkv_bias, p qk_norm, p out, p out_bias, p mlp_norm, p gate_up, p gate_up_bias, p down, p down_bias",
 )
-CModel = _structure(
+CModel = structure(
     "CModel",
     "i layers, i hidden, i heads, i kv_heads, i head_dim, i inner, i vocab, f eps, f scale, p embed, p head, p norm, p rotation, p layer",
 )
-CCache = _structure("CCache", "p keys, p values, i slots, i columns")
-CBatch = _structure(
+CCache = structure("CCache", "p keys, p values, i slots, i columns")
+CBatch = structure(
     "CBatch", "i tokens, i shift, i groups, i wants, p id, p slot, p column, p origin, p before, p first, p wanted"
 )
 

@@ -135,28 +135,38 @@ def _processor() -> bytes:
     return "|".join(sorted({line for line in lines if line.startswith(("flags", "model name"))})).encode()
 
 
+# p pointer, i integer, l long, f float; -> what comes back
+FUNCTIONS = {
+    "ccpo_begin": "i -> i",
+    "ccpo_product": "iiippppi",
+    "ccpo_room": "piii -> l",
+    "ccpo_forward": "pppppiip",
+    "ccpo_sample": "iiplplppppi",
+    "ccpo_add_norm": "iipppfpppi",
+    "ccpo_add_norm_back": "iippppppppi",
+    "ccpo_swiglu": "iippi",
+    "ccpo_swiglu_back": "iipppi",
+    "ccpo_attend_room": "pi -> l",
+    "ccpo_attend": "pppppi",
+    "ccpo_attend_back": "ppppppi",
+    "ccpo_logprobs": "iippppppi",
+    "ccpo_logprobs_back": "iippppppppi",
+}
+KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_long, "f": ctypes.c_float}
+
+
+def structure(name: str, fields: str) -> type[ctypes.Structure]:
+    """A C struct, its fields as ``p keys, i columns``."""
+    pairs = [(field, KINDS[kind]) for kind, _, field in (part.partition(" ") for part in fields.split(", "))]
+    return type(name, (ctypes.Structure,), {"_fields_": pairs})
+
+
 def _declare(found: ctypes.CDLL) -> None:
     """The types of its functions, without which pointers would be cut to 32 bits."""
-    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
-    found.ccpo_begin.argtypes = [integer]
-    found.ccpo_room.argtypes, found.ccpo_room.restype = [pointer, integer, integer, integer], ctypes.c_size_t
-    found.ccpo_forward.argtypes, found.ccpo_forward.restype = [pointer] * 5 + [integer, integer, pointer], None
-    found.ccpo_sample.argtypes = [
-        integer,
-        integer,
-        pointer,
-        long,
-        pointer,
-        long,
-        pointer,
-        pointer,
-        pointer,
-        pointer,
-        integer,
-    ]
-    found.ccpo_sample.restype = None
-    found.ccpo_product.argtypes = [integer, integer, integer, pointer, pointer, pointer, pointer, integer]
-    found.ccpo_product.restype = None
+    for name, types in FUNCTIONS.items():
+        takes, _, gives = types.partition(" -> ")
+        function = getattr(found, name)
+        function.argtypes, function.restype = [KINDS[t] for t in takes], KINDS.get(gives)
 
 
 def _right(found: ctypes.CDLL) -> bool:

@@ -45,8 +45,23 @@ static inline __m512 exponential(__m512 x) {
 
 static inline void store_bf16(bf16 *into, __m512 x) { _mm256_storeu_si256((__m256i *)into, (__m256i)_mm512_cvtneps_pbh(x)); }
 
+static inline float from_bf16(bf16 x) {
+    const uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+/* n floats, rounded */
+static inline void store_row(bf16 *into, const float *x, int n) {
+    for (int i = 0; i < n; i += 16) {
+        const __mmask16 real = n - i >= 16 ? 0xffff : (1 << (n - i)) - 1;
+        _mm256_mask_storeu_epi16(into + i, real, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(real, x + i)));
+    }
+}
+
 /* n bfloat16 numbers as floats, and zeros up to `width` */
-static void read_row(float *into, const bf16 *x, int n, int width) {
+static inline void read_row(float *into, const bf16 *x, int n, int width) {
     for (int i = 0; i < width; i += 16) {
         const __mmask16 real = n - i >= 16 ? 0xffff : n > i ? (1 << (n - i)) - 1 : 0;
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, x + i));
@@ -54,7 +69,7 @@ static void read_row(float *into, const bf16 *x, int n, int width) {
     }
 }
 
-static float inverse_rms(const float *x, int n, float eps) {
+static inline float inverse_rms(const float *x, int n, float eps) {
     __m512 sum = _mm512_setzero_ps();
     for (int i = 0; i < n; i += 16) {
         const __m512 v = _mm512_maskz_loadu_ps(n - i < 16 ? (1 << (n - i)) - 1 : 0xffff, x + i);
@@ -64,7 +79,7 @@ static float inverse_rms(const float *x, int n, float eps) {
 }
 
 /* RMS norm of a row, in bfloat16, with zeros up to `width` */
-static void norm_row(bf16 *into, const float *x, const float *weight, int n, int width, float eps) {
+static inline void norm_row(bf16 *into, const float *x, const float *weight, int n, int width, float eps) {
     const __m512 factor = _mm512_set1_ps(inverse_rms(x, n, eps));
     for (int i = 0; i < width; i += 16) {
         const __mmask16 real = n - i >= 16 ? 0xffff : n > i ? (1 << (n - i)) - 1 : 0;

@@ -17,6 +17,7 @@ from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attentio
 from torch.utils.checkpoint import checkpoint
 
 from ccpo.families import bare, head_dim, is_sharded, unsupported
+from ccpo.learner import fused
 from ccpo.learner.layout import Layout
 
 SHORT = 64  # columns up to which a CPU attends faster with all scores in memory
@@ -40,17 +41,23 @@ def hidden_states(model: nn.Module, layout: Layout, compute: torch.dtype) -> Ten
     source = bare(model)
     body, embed = source.model, source.model.embed_tokens
     turn = _rotation(body.rotary_emb, layout.position_M)
-    layout = layout.biased(
-        torch.promote_types(compute, torch.float32) if layout.ids_M.device.type == "cpu" else compute
-    )
+    texts = None
+    if fused.usable(compute, body.norm.weight) and head_dim(source.config) % 16 == 0:
+        texts = fused.Texts.of(layout.prompt_size_G, layout.read_size_R, layout.owner_R, turn)
+    else:
+        layout = layout.biased(
+            torch.promote_types(compute, torch.float32) if layout.ids_M.device.type == "cpu" else compute
+        )
     stream = embedding(layout.ids_M, embed.weight, embed.padding_idx)
     stream = stream.to(torch.promote_types(stream.dtype, torch.float32))
     branch = torch.zeros((), dtype=compute, device=stream.device)
     for layer in body.layers:
         if layer.training and getattr(layer, "gradient_checkpointing", False):
-            stream, branch = checkpoint(_block, layer, stream, branch, layout, turn, compute, use_reentrant=False)
+            stream, branch = checkpoint(
+                _block, layer, stream, branch, layout, turn, texts, compute, use_reentrant=False
+            )
         else:
-            stream, branch = _block(layer, stream, branch, layout, turn, compute)
+            stream, branch = _block(layer, stream, branch, layout, turn, texts, compute)
     _, normed = _add_norm(body.norm, stream[layout.at_N], branch[layout.at_N], compute)
     return normed
 
@@ -78,15 +85,21 @@ def _low_rank(x: Tensor, module: Any) -> Tensor:
 
 
 def _block(
-    layer: Any, stream: Tensor, branch: Tensor, layout: Layout, turn: Tensor, compute: torch.dtype
+    layer: Any,
+    stream: Tensor,
+    branch: Tensor,
+    layout: Layout,
+    turn: Tensor,
+    texts: fused.Texts | None,
+    compute: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """A decoder layer. ``branch`` is what the layer before still has to add to the ``stream``."""
     attention, mlp = layer.self_attn, layer.mlp
     stream, normed = _add_norm(layer.input_layernorm, stream, branch, compute)
     qkv = linear(normed, attention.q_proj, attention.k_proj, attention.v_proj)
-    branch = linear(_attend(attention, qkv, layout, turn).to(compute), attention.o_proj)
+    branch = linear(_attend(attention, qkv, layout, turn, texts).to(compute), attention.o_proj)
     stream, normed = _add_norm(layer.post_attention_layernorm, stream, branch, compute)
-    return stream, linear(_SwiGLU.apply(linear(normed, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
+    return stream, linear(_swiglu(linear(normed, mlp.gate_proj, mlp.up_proj)), mlp.down_proj)
 
 
 def _add_norm(norm: Any, stream: Tensor, branch: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -95,10 +108,16 @@ def _add_norm(norm: Any, stream: Tensor, branch: Tensor, compute: torch.dtype) -
         stream = stream + branch
         weight = norm.weight.to(stream.dtype)
         return stream, rms_norm(stream, weight.shape, weight, norm.variance_epsilon).to(compute)
+    if fused.usable(compute, stream, norm.weight) and branch.dtype == compute:
+        return fused.AddNorm.apply(stream, branch, norm.weight, norm.variance_epsilon)
     return _AddNorm.apply(stream, branch, norm.weight, norm.variance_epsilon, compute)
 
 
-def _attend(attention: Any, qkv: Tensor, layout: Layout, turn: Tensor) -> Tensor:
+def _swiglu(gate_up: Tensor) -> Tensor:
+    return (fused.SwiGLU if gate_up.device.type == "cpu" and fused.usable(gate_up.dtype) else _SwiGLU).apply(gate_up)
+
+
+def _attend(attention: Any, qkv: Tensor, layout: Layout, turn: Tensor, texts: fused.Texts | None) -> Tensor:
     """Causal attention: every prompt by itself, every text over its prompt and itself. ``[M, heads * head_dim]``."""
     size, config = head_dim(attention.config), attention.config
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -107,6 +126,8 @@ def _attend(attention: Any, qkv: Tensor, layout: Layout, turn: Tensor) -> Tensor
     if hasattr(attention, "q_norm"):
         query, key, value = qkv.split(split, 1)
         qkv = torch.cat((_normed(attention.q_norm, query), _normed(attention.k_norm, key), value), 1)
+    if texts is not None:
+        return fused.Attend.apply(qkv, texts, kv_heads, attention.scaling).flatten(1)
     qkv = _Rotate.apply(qkv, heads + kv_heads, turn)
     prompts, texts = qkv.split([layout.prompts.size, layout.texts.size])
     query, key, value = layout.prompts.spread(prompts).split(split, 1)

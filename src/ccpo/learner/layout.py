@@ -26,13 +26,16 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """``ids_M``, ``position_M``: the run's tokens and their places in their texts. ``owner_R``: each distinct text's prompt.
+    """``ids_M``, ``position_M``: the run's tokens and their places in their texts. ``prompt_size_G``, ``read_size_R``: how many each distinct
+    prompt and text has there. ``owner_R``: each text's prompt.
     ``before_11PP``, ``before_R1TC``: 0 where a token attends, else -inf: within a prompt, and over its prompt's columns and its own text's.
     The scored tokens, N in all: ``at_N`` is where in the run the hidden state stands that each is drawn from, ``target_N`` its id,
     ``temperature_N`` its temperature (None where all are 1). ``scored_BT``: which of them a row's tokens are (0 beyond its end)."""
 
     ids_M: Tensor
     position_M: Tensor
+    prompt_size_G: Tensor
+    read_size_R: Tensor
     prompts: Rectangle
     texts: Rectangle
     owner_R: Tensor
@@ -70,6 +73,8 @@ class Layout:
         made = cls(
             ids_M=whole_numbers([i for ids, _ in prompts for i in ids] + [i for *_, ids in texts for i in ids[:-1]]),
             position_M=torch.cat((column_P.expand_as(real_GP)[real_GP], (before_R[:, None] + column_T[:-1])[read_RT])),
+            prompt_size_G=prompt_size_G,
+            read_size_R=size_R - 1,
             prompts=Rectangle.of(real_GP),
             texts=Rectangle.of(read_RT),
             owner_R=owner_R,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ccpo.families import bare
-from ccpo.learner import forward
+from ccpo.learner import forward, fused
 from ccpo.learner.layout import Layout
 from ccpo.learner.rows import MicroBatch
 
@@ -110,12 +110,17 @@ def score(model: nn.Module, batch: MicroBatch, compute: torch.dtype) -> tuple[Te
     return token_logprobs(logits_BTV, batch.ids_BL[:, -logits_BTV.shape[1] :], batch.temperature_B)
 
 
+def _logprobs(logits_NV: Tensor, ids_N: Tensor, temperature_N: Tensor | None) -> tuple[Tensor, Tensor]:
+    in_c = logits_NV.device.type == "cpu" and fused.usable(logits_NV.dtype)
+    return (fused.TokenLogprobs if in_c else _TokenLogprobs).apply(logits_NV, ids_N, temperature_N)
+
+
 def _scored(head: nn.Module, hidden_NH: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies of the scored tokens. Where their logits are too many to keep, they are computed again, part by
     part, in the backward pass."""
 
     def part(hidden: Tensor, ids: Tensor, temperature: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _TokenLogprobs.apply(forward.linear(hidden, head), ids, temperature)
+        return _logprobs(forward.linear(hidden, head), ids, temperature)
 
     rows = max(1, LOGITS.get(hidden_NH.device.type, LOGITS["cpu"]) // head.out_features)
     inputs = [hidden_NH, layout.target_N]
