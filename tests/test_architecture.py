@@ -37,7 +37,7 @@ RULES: dict[str, tuple[set[str], set[str] | None]] = {
     "schedule": ({"errors"}, set()),
     "runfolder": ({"errors"}, set()),
     "loggers": ({"errors"}, TORCH | {"tensorboard"}),
-    "credit": (PURE, TORCH),
+    "credit": (PURE | {"kernels"}, TORCH),
     "losses": (PURE, TORCH),
     "teams": (PURE | BASE, None),
     "tasks": (PURE | BASE | {"comm"}, None),

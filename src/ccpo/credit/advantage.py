@@ -18,6 +18,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ccpo.kernels.compiled import library
+
+COMPILED = ("grpo", "dr_grpo", "rloo", "maxrl")  # formulas in the order of kernels/groups.c
 ROWS = 1 << 15  # rows worked on at a time: what is made of them stays in the processor's cache
 
 
@@ -31,19 +34,21 @@ def grpo(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, r
         var = groups.sum(groups.centred.square()) / groups.others
         return groups.centred / (var.sqrt() + 1e-6)
 
-    return _by_group(formula, credit_B, group_B, raw_singletons)
+    return _by_group("grpo", formula, credit_B, group_B, raw_singletons)
 
 
 def dr_grpo(
     credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False
 ) -> Tensor:
     """``A = c - mean_g`` (Dr. GRPO, arXiv 2503.20783). In units of credit."""
-    return _by_group(lambda groups: groups.centred, credit_B, group_B, raw_singletons)
+    return _by_group("dr_grpo", lambda groups: groups.centred, credit_B, group_B, raw_singletons)
 
 
 def rloo(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False) -> Tensor:
     """``A = c - mean of the siblings = (c - mean_g) n/(n-1)`` (RLOO, arXiv 2402.14740). In units of credit."""
-    return _by_group(lambda groups: groups.centred * (groups.count / groups.others), credit_B, group_B, raw_singletons)
+    return _by_group(
+        "rloo", lambda groups: groups.centred * (groups.count / groups.others), credit_B, group_B, raw_singletons
+    )
 
 
 def maxrl(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, raw_singletons: bool = False) -> Tensor:
@@ -57,7 +62,9 @@ def maxrl(credit_B: Tensor, group_B: Tensor, tokens_B: Tensor | None = None, *, 
         raise ValueError(
             "maxrl divides by the group's mean, which must be a success rate: its credit cannot be negative"
         )
-    return _by_group(lambda groups: groups.centred / groups.mean.clamp(min=1e-9), credit_B, group_B, raw_singletons)
+    return _by_group(
+        "maxrl", lambda groups: groups.centred / groups.mean.clamp(min=1e-9), credit_B, group_B, raw_singletons
+    )
 
 
 def reinforce_pp(
@@ -142,7 +149,9 @@ class Listed(Siblings):
         return values.new_zeros(self._n_groups).index_add_(0, self._index_B, values)[self._index_B]
 
 
-def _by_group(formula: Callable[[Siblings], Tensor], credit_B: Tensor, group_B: Tensor, raw_singletons: bool) -> Tensor:
+def _by_group(
+    name: str, formula: Callable[[Siblings], Tensor], credit_B: Tensor, group_B: Tensor, raw_singletons: bool
+) -> Tensor:
     """The advantages by a formula over groups. Groups of one size that stand one after the other, as a step has them, are a table's
     rows; all others are found by their ids."""
     _check(credit_B, group_B)
@@ -150,6 +159,12 @@ def _by_group(formula: Callable[[Siblings], Tensor], credit_B: Tensor, group_B: 
     N = _row_length(group_B)
     if N == 1 and raw_singletons:
         return credit_B.clone()
+    if N and _compiled(credit_B):
+        credit_B, advantage_B = credit_B.contiguous(), torch.empty_like(credit_B, memory_format=torch.contiguous_format)
+        library().ccpo_advantages(
+            len(credit_B) // N, N, credit_B.data_ptr(), COMPILED.index(name), advantage_B.data_ptr()
+        )
+        return advantage_B
     if N:
         pieces = credit_B.view(-1, N).split(max(ROWS // N, 1))
         return torch.cat([formula(Table(piece.double())).to(credit_B.dtype) for piece in pieces]).flatten()
@@ -158,10 +173,19 @@ def _by_group(formula: Callable[[Siblings], Tensor], credit_B: Tensor, group_B: 
     return torch.where(groups.count == 1, credit_B, advantage_B) if raw_singletons else advantage_B
 
 
+def _compiled(credit_B: Tensor) -> bool:
+    """Whether the formulas are there in C (``kernels/groups.c``) for such credit."""
+    return credit_B.device.type == "cpu" and credit_B.dtype == torch.float32 and library() is not None
+
+
 def _row_length(group_B: Tensor) -> int:
     """N where the ids are N times one, then N times another, and so on, each group's rows together; else 0."""
     if group_B.numel() == 0:
         return 0
+    if group_B.device.type == "cpu" and group_B.dtype == torch.int64 and library() is not None:
+        group_B = group_B.contiguous()
+        N = library().ccpo_group_length(len(group_B), group_B.data_ptr())
+        return abs(N) if N >= 0 or len(group_B[::-N].unique()) == len(group_B) // -N else 0
     neighbours = zip(group_B[1:].split(ROWS), group_B[:-1].split(ROWS), strict=True)
     G = 1 + sum(int(torch.ne(a, b, out=torch.empty_like(a)).sum()) for a, b in neighbours)
     if group_B.numel() % G:

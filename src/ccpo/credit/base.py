@@ -130,7 +130,7 @@ def _finite(values: Tensor) -> bool:
 
 def mean_credit(credit: Mapping[str, Tensor]) -> dict[str, float]:
     """``credit/AGENT/mean`` of each agent."""
-    return {f"credit/{agent}/mean": credit_PN.mean(dtype=torch.float64).item() for agent, credit_PN in credit.items()}
+    return {f"credit/{agent}/mean": credit_PN.mean().item() for agent, credit_PN in credit.items()}
 
 
 def one_of(key: str, value: object, allowed: Collection[str]) -> None:

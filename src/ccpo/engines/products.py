@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, silu
 
-from ccpo.kernels.compiled import library, panels
+from ccpo.kernels.compiled import in_panels, library
 
 
 class Product:
@@ -74,7 +74,7 @@ class Panels(Product):
         """An empty weight and bias, which are laid out when they have been written."""
         weight = torch.empty(self.shape, **self.options)
         yield weight, self.bias
-        self.panels.copy_(panels(self._ordered(weight)))
+        self.panels.copy_(in_panels(self._ordered(weight)))
         if self.bias is not None:
             self.offset.copy_(self._ordered(self.bias[:, None].expand(-1, 1))[:, 0])
 

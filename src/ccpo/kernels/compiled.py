@@ -151,6 +151,8 @@ FUNCTIONS = {
     "ccpo_attend_back": "ppppppi",
     "ccpo_logprobs": "iippppppi",
     "ccpo_logprobs_back": "iippppppppi",
+    "ccpo_group_length": "lp -> l",
+    "ccpo_advantages": "llpip",
 }
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int32, "l": ctypes.c_long, "f": ctypes.c_float}
 
@@ -173,12 +175,13 @@ def _right(found: ctypes.CDLL) -> bool:
     """Whether a product comes out as torch's."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(rows, 64, generator=generator).bfloat16() for rows in (32, 96))
-    into, packed = torch.empty(32, 96), panels(weight)
+    into, packed = torch.empty(32, 96), in_panels(weight).contiguous()
     found.ccpo_product(32, 96, 64, x.data_ptr(), packed.data_ptr(), None, into.data_ptr(), 1)
     return torch.allclose(into, x.float() @ weight.float().t(), rtol=1e-3, atol=1e-3)
 
 
-def panels(weight: torch.Tensor) -> torch.Tensor:
-    """``[N, K]`` as panels of 16 rows, ``[N / 16, K / 2, 16, 2]``: what ``product.c`` takes. N and K are multiples of 32."""
+def in_panels(weight: torch.Tensor) -> torch.Tensor:
+    """A view of ``[N, K]`` as panels of 16 rows, ``[N / 16, K / 2, 16, 2]``: a contiguous copy of it is what ``product.c`` takes. N and K are
+    multiples of 32."""
     N, K = weight.shape
-    return weight.view(N // 16, 16, K // 2, 2).transpose(1, 2).contiguous()
+    return weight.view(N // 16, 16, K // 2, 2).transpose(1, 2)
