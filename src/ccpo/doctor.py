@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ccpo.engines.vllm import WRITTEN_AGAINST
 from ccpo.families import compute_dtype
+from ccpo.kernels.compiled import instructions, why_not
 
 NEEDED = {
     "torch": "the tensors",
@@ -43,6 +44,7 @@ def diagnose(console: Console | None = None) -> bool:
         if compute_dtype(torch.device("cpu")) is torch.bfloat16
         else "slow here: float32 is used",
     )
+    machine.add_row("C code", "not used: " + reason if (reason := why_not()) else f"used, with {instructions()}")
     machine.add_row("CUDA", torch.cuda.get_device_name() if torch.cuda.is_available() else "none: runs on the CPU")
     machine.add_row("Free disk", f"{shutil.disk_usage('.').free / 2**30:.0f} GiB")
     console.print(machine)

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ccpo.engines.fused import PREFILL_TOKENS
+from ccpo.bench.timing import in_turns
 from ccpo.engines.products import Panels, Product
 from ccpo.kernels.compiled import library
 
+TOGETHER = 8_192  # prompt tokens that go through the matrices at once
 LAST = 5  # the matrices of the last layer, and the head
 
 
@@ -31,19 +32,20 @@ def matrices(model: Any, dtype: torch.dtype) -> list[Tensor]:
 
 
 def forward_limit(model: Any, rows: int, dtype: torch.dtype) -> Callable[[], None]:
-    """One pass of ``rows`` tokens through all matrices, packed where that is faster."""
-    every = [_product(w) for w in matrices(model, dtype)]
-    inputs = _inputs(model, every, [rows], dtype)
+    """One pass of ``rows`` tokens through all matrices."""
+    inputs = _inputs(model, [rows], dtype)
+    every = [_Fastest(w, inputs) for w in matrices(model, dtype)]
     return lambda: _multiply(every, inputs, rows)
 
 
 def decoding_limit(model: Any, sizes: Sequence[int], new: int, dtype: torch.dtype) -> Callable[[], None]:
     """The products that decoding cannot do without: all prompt tokens (``sizes`` of each row) through the matrices, of the last layer only
     through those of its keys and values, and of the head at each row's last; then ``new - 1`` passes of a token a row."""
-    every, rows = [_product(w) for w in matrices(model, dtype)], len(sizes)
-    prompts = [*every[:-LAST], _product(_keys_values(model, dtype))]
-    parts = [min(PREFILL_TOKENS, sum(sizes) - start) for start in range(0, sum(sizes), PREFILL_TOKENS)]
-    inputs = _inputs(model, every, [*parts, rows], dtype)
+    rows = len(sizes)
+    parts = [min(TOGETHER, sum(sizes) - start) for start in range(0, sum(sizes), TOGETHER)]
+    inputs = _inputs(model, [*parts, rows], dtype)
+    every = [_Fastest(w, inputs) for w in matrices(model, dtype)]
+    prompts = [*every[:-LAST], _Fastest(_keys_values(model, dtype), inputs)]
 
     def run() -> None:
         for count in parts:
@@ -55,19 +57,39 @@ def decoding_limit(model: Any, sizes: Sequence[int], new: int, dtype: torch.dtyp
     return run
 
 
-def _inputs(
-    model: Any, every: Sequence[Product], counts: Sequence[int], dtype: torch.dtype
-) -> dict[tuple[int, int], Tensor]:
-    """Random tokens, by their number and width."""
+Inputs = Mapping[tuple[int, int], Tensor]
+"""Random tokens, by their number and width."""
+
+
+def _inputs(model: Any, counts: Sequence[int], dtype: torch.dtype) -> Inputs:
     device = next(model.parameters()).device
-    widths = {p.shape[1] for p in every}
+    widths = {w.shape[1] for w in matrices(model, dtype)}
     return {(n, w): torch.randn(n, w, device=device).to(dtype) for n in {*counts} for w in widths}
 
 
-def _multiply(every: Sequence[Product], inputs: Mapping[tuple[int, int], Tensor], count: int) -> None:
+class _Fastest:
+    """A product by torch or by our own code, whichever is faster for so many tokens: the limit is what the machine can do."""
+
+    def __init__(self, weight: Tensor, inputs: Inputs) -> None:
+        kinds = [Product]
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and library() is not None:
+            kinds.append(Panels)
+        self.width = weight.shape[1]
+        tried = [_made(kind, weight) for kind in kinds]
+        self.best = {
+            n: min(tried, key=lambda p, x=x: _seconds(p, x)) for (n, w), x in inputs.items() if w == self.width
+        }
+
+
+def _seconds(product: Product, x: Tensor) -> float:
+    with torch.inference_mode():
+        return min(in_turns({"": lambda: product(x)}, repeats=5, device=str(x.device.type))[""])
+
+
+def _multiply(every: Sequence[_Fastest], inputs: Inputs, count: int) -> None:
     with torch.inference_mode():
         for product in every:
-            product(inputs[count, product.shape[1]])
+            product.best[count](inputs[count, product.width])
 
 
 def _keys_values(model: Any, dtype: torch.dtype) -> Tensor:
@@ -75,9 +97,8 @@ def _keys_values(model: Any, dtype: torch.dtype) -> Tensor:
     return torch.cat([m.weight.detach().to(dtype) for m in (attention.k_proj, attention.v_proj)])
 
 
-def _product(weight: Tensor) -> Product:
-    compiled = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and library() is not None
-    made = (Panels if compiled else Product)(*weight.shape, bias=False, dtype=weight.dtype, device=weight.device)
+def _made(kind: type[Product], weight: Tensor) -> Product:
+    made = kind(*weight.shape, bias=False, dtype=weight.dtype, device=weight.device)
     with made.rewritten() as (rows, _):
         rows.copy_(weight)
     return made

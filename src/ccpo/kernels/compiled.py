@@ -58,10 +58,9 @@ def why_not() -> str | None:
     return None
 
 
-def has_tiles() -> bool:
-    """Whether AMX is used."""
-    found = library()
-    return found is not None and bool(found.tiles)
+def instructions() -> str:
+    """What multiplies: ``AMX`` or ``AVX-512``. Only where there is a `library`."""
+    return "AMX" if _load().tiles else "AVX-512"
 
 
 @cache

@@ -5,7 +5,7 @@
  */
 #include "numbers.h"
 
-enum { QUERIES = 16 };
+enum { QUERIES = 16, PAIRS = 8 };
 
 typedef struct {
     const float *attention_norm;
@@ -69,18 +69,24 @@ static void ending_gate(void *into, long width, int row, int column, const float
     store_bf16((bf16 *)into + row * width + column / 2, _mm512_mul_ps(swish, up));
 }
 
-/* into <- ending(A B): M rows, N columns (a multiple of 32), K a multiple of 32. A task is some rows and a pair of panels. */
+/* into <- ending(A B): M rows, N columns (a multiple of 32), K a multiple of 32. Each thread takes a run of blocks, of 128 rows and a pair of
+ * panels each. Of many rows, 32 stay in the nearest cache while some pairs pass, and the pairs in the next one while the other rows do. */
 static inline __attribute__((always_inline)) void multiply(
     int M, int N, int K, const bf16 *a, const bf16 *b, const float *bias, void *into, long width, Ending ending) {
-    const int pairs = N / PAIR, tall = (M + ROWS - 1) / ROWS;
-#pragma omp for schedule(static)
-    for (int task = 0; task < tall * pairs; task++) {
-        float sums[ROWS * PAIR] __attribute__((aligned(64)));
-        const int start = task / pairs * ROWS, column = task % pairs * PAIR, rows = smaller(M - start, ROWS);
-        const bf16 *left = a + (long)start * K, *right = b + (long)column * K;
-        product(rows, 2, K, left, K, right, (long)PANEL * K, sums, PAIR, 0);
-        for (int row = 0; row < rows; row++) ending(into, width, start + row, column, sums + row * PAIR, bias ? bias + column : NULL);
+    const int pairs = N / PAIR, tall = (M + ROWS - 1) / ROWS, most = M > 2 * PAIR ? PAIRS : 1;
+    const long blocks = (long)tall * pairs, thread = omp_get_thread_num(), threads = omp_get_num_threads(), end = blocks * (thread + 1) / threads;
+    for (long block = blocks * thread / threads; block < end;) {
+        const int start = block / pairs * ROWS, from = block % pairs, count = smaller(smaller(pairs - from, most), end - block);
+        for (int row = start; row < smaller(M, start + ROWS); row += PAIR)
+            for (int column = from * PAIR; column < (from + count) * PAIR; column += PAIR) {
+                float sums[PAIR * PAIR] __attribute__((aligned(64)));
+                const int rows = smaller(smaller(M, start + ROWS) - row, PAIR);
+                product(rows, 2, K, a + (long)row * K, K, b + (long)column * K, (long)PANEL * K, sums, PAIR, 0);
+                for (int i = 0; i < rows; i++) ending(into, width, row + i, column, sums + i * PAIR, bias ? bias + column : NULL);
+            }
+        block += count;
     }
+#pragma omp barrier
 }
 
 /* C <- A B + bias, in float32: [M][N], of rows up to a multiple of 32. */
