@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,10 @@ from ccpo.engines.base import make_engine
 from ccpo.engines.fused import FusedLayers
 from ccpo.engines.layers import TorchLayers
 from ccpo.engines.sampling import Sampler
-from ccpo.errors import RunFailure
+from ccpo.errors import RunFailure, UserError
 from ccpo.kernels import compiled as loading
 from ccpo.kernels.compiled import Unavailable, library, why_not
+from ccpo.learner.fused import CTexts
 from ccpo.types import Request
 from test_engines import LLAMA3, mixed_requests, prompts
 from tiny import tiny_model, tiny_tokenizer
@@ -209,6 +212,39 @@ def test_a_spoilt_text_does_not_spoil_its_neighbours(monkeypatch):
     assert torch.equal(found[~torch.tensor(spoilt)], want[~torch.tensor(spoilt)])
 
 
+def test_two_threads_may_ask_one_engine(monkeypatch):
+    _, fast, _ = engines("qwen2", monkeypatch)
+    few, many = (
+        [Request(prompt_ids=p, seed=3, max_tokens=12) for p in prompts(*sizes)] for sizes in ((5,) * 3, (90,) * 12)
+    )
+    want = {id(asked): fast.generate(asked) for asked in (few, many)}
+    with ThreadPoolExecutor(4) as pool:
+        for asked, found in pool.map(lambda asked: (asked, fast.generate(asked)), [few, many] * 12):
+            assert found == want[id(asked)]
+
+
+def test_defaults_that_somebody_has_set_do_not_reach_it(monkeypatch):
+    """Buffers have the dtype that the C code writes, whatever torch's default is."""
+    _, fast, _ = engines("qwen3-wide-heads", monkeypatch)
+    asked = mixed_requests(12, seed=4)
+    want = fast.generate(asked)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            again = make_engine(fast.weights.source, TOKENIZER, kind="native", dtype=torch.bfloat16)
+            assert again.generate(asked) == want == fast.generate(asked)
+            assert loading._right(library())
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_prompts_that_cannot_be_read_are_refused(monkeypatch):
+    _, fast, _ = engines("qwen2", monkeypatch)
+    for prompt, word in (((), "empty prompt"), ((5, 101), "token id 101"), ((-1,), "token id -1")):
+        with pytest.raises(UserError, match=word):
+            fast.logits([prompt])
+
+
 # ---- samples ----
 
 
@@ -255,6 +291,13 @@ def test_a_row_that_is_not_a_number_tells():
         assert prob.isnan().tolist() == [False, True, False]
 
 
+def test_whole_numbers_are_temperatures_too():
+    asked = [[Request(prompt_ids=(1,), seed=i, max_tokens=1, temperature=t) for i in range(9)] for t in (2, 2.0)]
+    logits = torch.randn(9, 40)
+    (a, p), (b, q) = (Sampler.of(some, torch.device("cpu")).draw(logits, 0) for some in asked)
+    assert torch.equal(a, b) and torch.equal(p, q)
+
+
 def test_padded_and_transposed_logits_are_read_as_they_lie():
     asked = [Request(prompt_ids=(1,), seed=i, max_tokens=1) for i in range(8)]
     sampler, logits = Sampler.of(asked, torch.device("cpu")), torch.randn(8, 50)
@@ -279,9 +322,7 @@ def test_what_does_not_fit_runs_in_torch():
 def reloaded(tmp_path, monkeypatch):
     """A cache folder of its own, and nothing loaded yet."""
     monkeypatch.setenv("CCPO_CACHE", str(tmp_path / "cache"))
-    loading._load.cache_clear()
-    yield tmp_path
-    loading._load.cache_clear()
+    return tmp_path
 
 
 def test_it_is_compiled_once(reloaded, monkeypatch):
@@ -289,7 +330,6 @@ def test_it_is_compiled_once(reloaded, monkeypatch):
     (made,) = (reloaded / "cache" / "compiled").iterdir()
     assert made.stat().st_mode & 0o077 == 0
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("compiled again"))
-    loading._load.cache_clear()
     loading._load()
 
 
@@ -338,12 +378,38 @@ def test_a_processor_or_system_without_it(reloaded, monkeypatch):
 def test_code_that_others_can_write_is_not_loaded(reloaded):
     loading._load()
     (made,) = (reloaded / "cache" / "compiled").iterdir()
-    for path in (made, made.parent):
+    for path in (made, made.parent, made.parent.parent):
         path.chmod(0o777)
-        loading._load.cache_clear()
         with pytest.raises(Unavailable, match="can be written by others"):
             loading._load()
         path.chmod(0o700)
+
+
+def test_a_file_that_cannot_be_loaded_is_named(reloaded, monkeypatch):
+    made = reloaded / "kernels.so"
+    made.write_bytes(b"of another system")
+    monkeypatch.setattr(loading, "_built", lambda: made)
+    with pytest.raises(Unavailable, match=r"cannot be loaded: .*remove it, or set CCPO_CACHE"):
+        loading._load()
+
+
+def test_a_machine_without_a_home_or_room(reloaded, monkeypatch):
+    monkeypatch.setenv("CCPO_CACHE", "/proc/nowhere")
+    with pytest.raises(Unavailable, match="cache folder cannot be used"):
+        loading._load()
+    monkeypatch.delenv("CCPO_CACHE")
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    with pytest.raises(Unavailable, match="cache folder cannot be used: Could not determine home"):
+        loading._load()
+
+
+def test_torchs_own_threads_are_used(reloaded):
+    """One OpenMP in the process, whatever it is called."""
+    loading._load()
+    maps = Path("/proc/self/maps").read_text()
+    assert len({line.split()[-1] for line in maps.splitlines() if "libgomp" in line}) == 1
 
 
 def test_wrong_code_is_found_out(reloaded, monkeypatch, tmp_path):
@@ -368,23 +434,36 @@ def test_it_can_be_switched_off():
     assert done.stdout == "None CCPO_COMPILED is 0\n"
 
 
-def test_the_structures_are_those_of_the_c_code():
+@pytest.mark.parametrize(
+    ("file", "name", "made"),
+    [
+        ("decode.c", "Layer", fused.CLayer),
+        ("decode.c", "Model", fused.CModel),
+        ("decode.c", "Cache", fused.CCache),
+        ("decode.c", "Batch", fused.CBatch),
+        ("attend.c", "Texts", CTexts),
+    ],
+)
+def test_the_structures_are_those_of_the_c_code(file, name, made):
     """Fields and their order, read from the source."""
-    import re
+    source = re.sub(r"/\*.*?\*/", "", (loading.SOURCES / file).read_text(), flags=re.S)
+    body = re.search(rf"typedef struct \{{([^}}]*)\}} {name};", source).group(1)
+    wanted = []
+    for line in filter(None, map(str.strip, body.split(";"))):
+        kind, rest = re.fullmatch(r"(?:const )?(\w+) (.*)", line, flags=re.S).groups()
+        for field in map(str.strip, rest.split(",")):
+            wanted.append((field.strip("*"), "pointer" if field.startswith("*") else kind))
+    names = {"c_void_p": "pointer", "c_int": "int32_t", "c_float": "float"}
+    assert [(field.replace("origin", "from"), names[kind.__name__]) for field, kind in made._fields_] == wanted
 
-    source = re.sub(r"/\*.*?\*/", "", (loading.SOURCES / "decode.c").read_text(), flags=re.S)
-    for name, made in (
-        ("Layer", fused.CLayer),
-        ("Model", fused.CModel),
-        ("Cache", fused.CCache),
-        ("Batch", fused.CBatch),
-    ):
-        body = re.search(rf"typedef struct \{{([^}}]*)\}} {name};", source).group(1)
-        wanted = []
-        for line in filter(None, map(str.strip, body.split(";"))):
-            kind, rest = re.fullmatch(r"(?:const )?(\w+) (.*)", line, flags=re.S).groups()
-            for field in map(str.strip, rest.split(",")):
-                wanted.append((field.strip("*"), "pointer" if field.startswith("*") else kind))
-        names = {"c_void_p": "pointer", "c_int": "int32_t", "c_float": "float"}
-        found = [(field.replace("origin", "from"), names[kind.__name__]) for field, kind in made._fields_]
-        assert found == wanted
+
+def test_every_function_has_the_types_of_the_c_code():
+    """Arguments and results, read from the sources."""
+    letters = {"int": "i", "int32_t": "i", "int64_t": "l", "long": "l", "size_t": "l", "float": "f", "void": ""}
+    found = {}
+    for path in loading.sources(".c"):
+        text = re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.S)
+        for gives, name, takes in re.findall(r"^(\w+) (ccpo_\w+)\(([^)]*)\) \{", text, flags=re.M):
+            kinds = ["p" if "*" in one else letters[one.replace("const ", "").split()[0]] for one in takes.split(",")]
+            found[name] = "".join(kinds) + (f" -> {letters[gives]}" if letters[gives] else "")
+    assert found == loading.FUNCTIONS

@@ -19,6 +19,9 @@ torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(library() is None, reason=f"no compiled code here: {why_not()}")
 
 
+WIDE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -149,6 +152,35 @@ def test_what_is_not_finite_stays_so(broken):
     assert logprob.isfinite().tolist() == [True, False, True]
 
 
+def test_a_target_beyond_the_vocabulary_is_refused():
+    for wrong in (50, 10**9, -1):
+        with pytest.raises(IndexError, match="50"):
+            fused.TokenLogprobs.apply(torch.zeros(2, 50, dtype=torch.bfloat16), torch.tensor([3, wrong]), None)
+
+
+def test_an_impossible_target_spoils_nothing():
+    """A token that cannot be drawn, in a row that is paid nothing: its gradient is 0, not no number."""
+    logits = torch.tensor([[0.0, float("-inf"), 1.0]], dtype=torch.bfloat16).requires_grad_()
+    logprob, _ = fused.TokenLogprobs.apply(logits, torch.tensor([1]), None)
+    assert logprob.item() == float("-inf")
+    logprob.backward(torch.zeros(1))
+    assert logits.grad.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    x = numbers(3, 8).requires_grad_()
+    (grad,) = torch.autograd.grad(fused.SwiGLU.apply(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_heads_that_share_unevenly_run_in_torch():
+    config = tiny_model("qwen2", **WIDE).config
+    assert fused.attends(config)
+    config.num_attention_heads = 5
+    assert not fused.attends(config)
+
+
 # ---- attention ----
 
 
@@ -225,8 +257,6 @@ def test_attention_of_any_layout(data):
 
 
 # ---- the whole pass ----
-
-WIDE = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
 def rows(seed: int = 0) -> list[TrainRow]:

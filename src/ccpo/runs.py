@@ -22,6 +22,7 @@ from ccpo.config import RunConfig, load_recipe
 from ccpo.crew import Crew, pick_device
 from ccpo.errors import UserError
 from ccpo.evaluate import headline
+from ccpo.kernels.compiled import instructions, why_not
 from ccpo.learner import find_checkpoint, verify_checkpoint
 from ccpo.learner.lora import check_targets
 from ccpo.loggers import Sinks, make_sinks
@@ -295,8 +296,8 @@ def _adapters_fit(config: RunConfig) -> Callable[[Any], None] | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what shaped a run."""
-    found = {"python": platform.python_version()}
+    """Versions of what shaped a run, and what multiplied where C code did."""
+    found = {"python": platform.python_version(), "c_code": instructions() if why_not() is None else "not used"}
     for package in ("ccpo", "torch", "transformers", "peft"):
         try:
             found[package] = version(package)

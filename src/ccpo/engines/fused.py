@@ -8,6 +8,7 @@ what is said in another: samples of a prompt share it, and rows that have ended 
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,11 @@ from ccpo.engines.weights import Weights
 from ccpo.kernels.compiled import library, structure
 
 PREFILL_TOKENS = 2_048  # prompt tokens that go through a layer at once
+CPU = torch.device(
+    "cpu"
+)  # said everywhere, as are the dtypes: a default that somebody has set must not reach the C code
+SHORT: dict[str, Any] = {"dtype": torch.bfloat16, "device": CPU}
+INDEX: dict[str, Any] = {"dtype": torch.int32, "device": CPU}
 QUERIES = 16  # tokens of a prompt that attend together
 
 
@@ -40,7 +46,8 @@ CBatch = structure(
 
 def fits(config: Any, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a model of this shape runs here, in ``dtype``."""
-    aligned = head_dim % 16 == 0 and config.num_attention_heads * head_dim % 32 == 0
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    aligned = head_dim % 16 == 0 and heads * head_dim % 32 == 0 and heads % kv_heads == 0
     return aligned and device.type == "cpu" and dtype == torch.bfloat16 and library() is not None
 
 
@@ -50,8 +57,8 @@ class Columns:
     def __init__(self, w: Weights, slots: int, columns: int) -> None:
         self.slots, self.columns = slots, -(-columns // 32) * 32
         size = len(w.layers) * slots * w.kv_heads * self.columns * w.head_dim
-        self.keys = torch.empty(size, dtype=torch.bfloat16)
-        self.values = torch.zeros(size, dtype=torch.bfloat16)  # unused ones are multiplied with 0 and must be numbers
+        self.keys = torch.empty(size, **SHORT)
+        self.values = torch.zeros(size, **SHORT)  # unused ones are multiplied with 0 and must be numbers
         self.c = CCache(self.keys.data_ptr(), self.values.data_ptr(), slots, self.columns)
 
 
@@ -80,7 +87,8 @@ class FusedLayers:
 
     def __init__(self, weights: Weights) -> None:
         self.weights = w = weights
-        self.room = torch.empty(0, dtype=torch.uint8)
+        self.alone = threading.Lock()  # the room below is one, and the interpreter's lock is free in C
+        self.room = torch.empty(0, dtype=torch.uint8, device=CPU)
         self._layers = (CLayer * len(w.layers))()
         for into, layer in zip(self._layers, w.layers, strict=True):
             into.attention_norm, into.mlp_norm = layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr()
@@ -109,13 +117,13 @@ class FusedLayers:
     def begin(self, prompts: Sequence[tuple[int, ...]], owner: Sequence[int], steps: int) -> tuple[Rows, Tensor]:
         """Runs distinct prompts; rows of the prompts ``owner``, with room for ``steps`` tokens, and the logits of their first."""
         cache, logits_PV = self._prefill(prompts)
-        owner_B = torch.tensor(owner)
+        owner_B = torch.tensor(owner, device=CPU)
         rows = Rows(
             prompts=cache,
             said=Columns(self.weights, len(owner), steps),
-            slot_B=torch.arange(len(owner), dtype=torch.int32),
+            slot_B=torch.arange(len(owner), **INDEX),
             origin_B=owner_B.int(),
-            before_B=torch.tensor([len(prompts[i]) for i in owner], dtype=torch.int32),
+            before_B=torch.tensor([len(prompts[i]) for i in owner], **INDEX),
         )
         return rows, logits_PV if len(prompts) == len(owner) else logits_PV[owner_B]
 
@@ -126,7 +134,7 @@ class FusedLayers:
     def step(self, rows: Rows, token_B: Tensor) -> Tensor:
         """Runs one more token of every row; the logits of those after it, float32."""
         count = len(token_B)
-        zeros, order = torch.zeros(count, dtype=torch.int32), torch.arange(count + 1, dtype=torch.int32)
+        zeros, order = torch.zeros(count, **INDEX), torch.arange(count + 1, **INDEX)
         batch = CBatch(
             tokens=count,
             shift=rows.filled,
@@ -158,14 +166,14 @@ class FusedLayers:
 
     def _run_prompts(self, prompts: Sequence[tuple[int, ...]], start: int, cache: Columns) -> Tensor:
         """These prompts into the cache's slots from ``start`` on; the logits after them."""
-        sizes = torch.tensor([len(p) for p in prompts])
-        ids = torch.tensor([i for p in prompts for i in p])
+        sizes = torch.tensor([len(p) for p in prompts], device=CPU)
+        ids = torch.tensor([i for p in prompts for i in p], device=CPU)
         ends = sizes.cumsum(0)
-        slot = torch.arange(start, start + len(prompts), dtype=torch.int32).repeat_interleave(sizes)
-        column = torch.arange(len(ids), dtype=torch.int32) - (ends - sizes).int().repeat_interleave(sizes)
+        slot = torch.arange(start, start + len(prompts), **INDEX).repeat_interleave(sizes)
+        column = torch.arange(len(ids), **INDEX) - (ends - sizes).int().repeat_interleave(sizes)
         first = (column % QUERIES == 0).nonzero()[:, 0].int()
-        first = torch.cat((first, torch.tensor([len(ids)], dtype=torch.int32)))
-        last, zeros = (ends - 1).int(), torch.zeros(len(ids), dtype=torch.int32)
+        first = torch.cat((first, torch.tensor([len(ids)], **INDEX)))
+        last, zeros = (ends - 1).int(), torch.zeros(len(ids), **INDEX)
         batch = CBatch(
             tokens=len(ids),
             shift=0,
@@ -182,25 +190,26 @@ class FusedLayers:
         return self._forward(cache, cache, batch, cache.columns)
 
     def _forward(self, there: Columns, here: Columns, batch: CBatch, columns: int) -> Tensor:
-        w, code, threads = self.weights, library(), torch.get_num_threads()
-        self._model.rotation = w.rotations(columns).data_ptr()
-        model = ctypes.byref(self._model)
-        size = code.ccpo_room(model, batch.tokens, columns, threads)
-        if self.room.numel() < size + 64:
-            self.room = torch.empty(size + 64, dtype=torch.uint8)
-        base = -(-self.room.data_ptr() // 64) * 64
-        logits = torch.empty(batch.wants, w.head.padded[0])
-        code.ccpo_forward(
-            model,
-            ctypes.byref(there.c),
-            ctypes.byref(here.c),
-            ctypes.byref(batch),
-            logits.data_ptr(),
-            columns,
-            threads,
-            base,
-        )
-        return logits[:, : w.vocab]
+        with self.alone:
+            w, code, threads = self.weights, library(), torch.get_num_threads()
+            self._model.rotation = w.rotations(columns).data_ptr()
+            model = ctypes.byref(self._model)
+            size = code.ccpo_room(model, batch.tokens, columns, threads)
+            if self.room.numel() < size + 64:
+                self.room = torch.empty(size + 64, dtype=torch.uint8, device=CPU)
+            base = -(-self.room.data_ptr() // 64) * 64
+            logits = torch.empty(batch.wants, w.head.padded[0], dtype=torch.float32, device=CPU)
+            code.ccpo_forward(
+                model,
+                ctypes.byref(there.c),
+                ctypes.byref(here.c),
+                ctypes.byref(batch),
+                logits.data_ptr(),
+                columns,
+                threads,
+                base,
+            )
+            return logits[:, : w.vocab]
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -66,7 +66,12 @@ class NativeEngine:
         return [found[i] for i in range(len(requests))]
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """The logits after each prompt, ``[prompts, vocabulary]``: those that its first token is sampled from."""
+        """The logits after each prompt, ``[prompts, vocabulary]``: those that its first token is sampled from. Raises UserError as `generate`."""
+        check_requests(
+            [Request(prompt_ids=tuple(p), seed=0, max_tokens=1) for p in prompts],
+            vocab=self.weights.vocab,
+            positions=None,
+        )
         with torch.inference_mode():
             return self.layers.logits([tuple(p) for p in prompts])
 
@@ -80,7 +85,7 @@ class NativeEngine:
         limit_B = torch.tensor([r.max_tokens for r in requests], device=self.device)
         ended_B = torch.zeros(len(requests), dtype=torch.bool, device=self.device)
         tokens_TB = torch.zeros(steps, len(requests), dtype=torch.int64, device=self.device)
-        probs_TB = torch.ones(steps, len(requests), device=self.device)
+        probs_TB = torch.ones(steps, len(requests), dtype=torch.float32, device=self.device)
         fresh: list[tuple[Tensor, Tensor]] = []
         for step in range(steps):
             fresh.append(sampler.draw(logits_BV, step))

@@ -66,8 +66,8 @@ class Panels(Product):
     def _allocate(self, weight: Tensor | None) -> None:
         outputs, inputs = self.shape
         self.padded = (self.HALVES * _up(outputs // self.HALVES), _up(inputs))
-        self.panels = torch.zeros(self.padded[0] // 16, self.padded[1] // 2, 16, 2, dtype=torch.bfloat16)
-        self.offset = None if self.bias is None else torch.zeros(self.padded[0])
+        self.panels = torch.zeros(self.padded[0] // 16, self.padded[1] // 2, 16, 2, dtype=torch.bfloat16, device="cpu")
+        self.offset = None if self.bias is None else torch.zeros(self.padded[0], dtype=torch.float32, device="cpu")
 
     @contextmanager
     def rewritten(self) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -85,7 +85,7 @@ class Panels(Product):
         """Float32 ``[rows, out]`` of bfloat16 rows; decoding does not come here, it runs whole models."""
         rows, (outputs, inputs) = len(x), self.padded
         left = pad(x, (0, inputs - x.shape[1], 0, -rows % 32)).contiguous()
-        into = torch.empty(rows, outputs)
+        into = torch.empty(rows, outputs, dtype=torch.float32, device="cpu")
         offset = None if self.offset is None else self.offset.data_ptr()
         library().ccpo_product(
             rows,

@@ -127,7 +127,9 @@ class Sampler:
         temperature = [r.temperature or 1.0 for r in requests]
         sampler = cls(
             noise_BT=uniform(seed_B1, steps),
-            temperature_B1=torch.tensor(temperature, device=device)[:, None] if set(temperature) != {1.0} else None,
+            temperature_B1=torch.tensor(temperature, dtype=torch.float32, device=device)[:, None]
+            if set(temperature) != {1.0}
+            else None,
             greedy_B=greedy_B,
             all_greedy=False,
             cut_rows=None,
@@ -173,7 +175,10 @@ class Sampler:
         """All rows without cuts, in one call."""
         rows, vocab = logits_BV.shape
         logits_BV = logits_BV if logits_BV.stride(1) == 1 else logits_BV.contiguous()
-        token_B, prob_B = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        token_B, prob_B = (
+            torch.empty(rows, dtype=torch.int64, device="cpu"),
+            torch.empty(rows, dtype=torch.float32, device="cpu"),
+        )
         code.ccpo_sample(
             rows,
             vocab,

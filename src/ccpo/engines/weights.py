@@ -39,7 +39,7 @@ class Layer:
 @dataclass(slots=True, kw_only=True)
 class Weights:
     """All of a model that decoding reads. ``dtype`` is that of the matrices; the attention and its cache are in ``attention_dtype``: on a
-    CPU float32 for models narrower than ``WIDE``, whose bfloat16 products would be slower in torch. It hangs on the model alone: what is
+    CPU float32 in torch for models narrower than ``WIDE``, whose bfloat16 products would be slower. It hangs on the model alone: what is
     batched together must not matter. ``fused``: matrices in panels, and norms in float32, for `ccpo.engines.fused`."""
 
     source: Any
@@ -77,7 +77,9 @@ class Weights:
                 adapter=adapter,
                 fused=fused,
                 dtype=dtype,
-                attention_dtype=torch.float32 if device.type == "cpu" and config.hidden_size < WIDE else dtype,
+                attention_dtype=torch.float32
+                if device.type == "cpu" and config.hidden_size < WIDE and not fused
+                else dtype,
                 device=device,
                 heads=config.num_attention_heads,
                 kv_heads=config.num_key_value_heads,
@@ -146,7 +148,9 @@ class Weights:
         layer = Layer(
             attention_norm=torch.empty(hidden, dtype=self.norm.dtype, device=self.device),
             qkv=product(plain, every * self.head_dim, hidden, attention.q_proj),
-            qk_norm=torch.empty(norms, device=self.device) if hasattr(attention, "q_norm") else None,
+            qk_norm=torch.empty(norms, dtype=torch.float32, device=self.device)
+            if hasattr(attention, "q_norm")
+            else None,
             out=product(plain, hidden, wide, attention.o_proj),
             mlp_norm=torch.empty(hidden, dtype=self.norm.dtype, device=self.device),
             gate_up=product(gated, 2 * inner, hidden, mlp.gate_proj),

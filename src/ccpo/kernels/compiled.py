@@ -1,7 +1,7 @@
 """The C code beside this file, compiled for this processor when it is first needed, and checked.
 
-It takes a C compiler and a second; the result is kept in the cache folder (``CCPO_CACHE``), by what it was made from and for. Where there is no
-compiler, or the processor does not multiply bfloat16, the decoder runs in torch. ``CCPO_COMPILED=0`` asks for that.
+It takes a C compiler and some seconds; the result is kept in the cache folder (``CCPO_CACHE``), by what it was made from and for. Where there is no
+compiler, or the processor does not multiply bfloat16, torch does the same. ``CCPO_COMPILED=0`` asks for that, ``CCPO_COMPILED=vectors`` for no AMX.
 """
 
 from __future__ import annotations
@@ -38,32 +38,30 @@ class Unavailable(Exception):
     """Why the C code is not used here."""
 
 
-@cache
 def library() -> ctypes.CDLL | None:
     """The compiled code; None where it is not to be had, and `why_not` says why."""
-    try:
-        return _load()
-    except Unavailable as reason:
-        log.info("the decoder runs in torch: %s", reason)
-        return None
+    return _found()[0]
 
 
-@cache
 def why_not() -> str | None:
     """Why there is no compiled code; None if there is."""
-    try:
-        _load()
-    except Unavailable as reason:
-        return str(reason)
-    return None
+    return _found()[1]
 
 
 def instructions() -> str:
     """What multiplies: ``AMX`` or ``AVX-512``. Only where there is a `library`."""
-    return "AMX" if _load().tiles else "AVX-512"
+    return "AMX" if library().tiles else "AVX-512"
 
 
 @cache
+def _found() -> tuple[ctypes.CDLL | None, str | None]:
+    try:
+        return _load(), None
+    except Unavailable as reason:
+        log.info("no code in C here, torch does it: %s", reason)
+        return None, str(reason)
+
+
 def _load() -> ctypes.CDLL:
     if os.environ.get("CCPO_COMPILED") == "0":
         raise Unavailable("CCPO_COMPILED is 0")
@@ -71,7 +69,13 @@ def _load() -> ctypes.CDLL:
         raise Unavailable(f"it is compiled on Linux on x86-64 only, not on {platform.system()} on {platform.machine()}")
     if not torch.cpu.get_capabilities().get("avx512_bf16"):
         raise Unavailable("the processor has no AVX-512 for bfloat16")
-    found = ctypes.CDLL(str(_built()))
+    path = _built()
+    try:
+        found = ctypes.CDLL(str(path))
+    except OSError as error:  # a folder from which nothing is run, or a file of another system
+        raise Unavailable(
+            f"{path} cannot be loaded: {error}; remove it, or set CCPO_CACHE to another folder"
+        ) from error
     _declare(found)
     found.tiles = found.ccpo_begin(os.environ.get("CCPO_COMPILED") != "vectors")
     if not _right(found):
@@ -84,30 +88,47 @@ def _built() -> Path:
     compiler = os.environ.get("CC") or next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
     if compiler is None:
         raise Unavailable("there is no C compiler (cc, gcc or clang); install one, or name one in CC")
-    made_of = (
-        *(path.read_bytes() for path in sources(".h") + sources(".c")),
-        " ".join(FLAGS).encode(),
-        compiler.encode(),
-        _processor(),
+    system = "|".join(
+        (*FLAGS, os.path.realpath(shutil.which(compiler) or compiler), *platform.libc_ver(), *map(str, _openmp()))
     )
-    folder = cache_folder() / "compiled"
-    path = folder / f"kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
+    made_of = (*(path.read_bytes() for path in sources(".h") + sources(".c")), system.encode(), _processor())
     try:
+        cache = cache_folder()
+        folder = cache / "compiled"
+        path = folder / f"kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not path.exists():
             _compile(compiler, path)
-        _refuse_foreign(folder)
-        _refuse_foreign(path)
-    except OSError as error:
-        raise Unavailable(f"{folder} cannot be used: {error}") from error
+        for mine in (folder, path):
+            _refuse_foreign(mine)
+        above = cache.stat()  # who can rename what is in it can put something else there
+        if above.st_uid not in (os.getuid(), 0) or (above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX):
+            raise Unavailable(f"{cache} can be written by others; make it yours alone (chmod o-w), or set CCPO_CACHE")
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        raise Unavailable(f"the cache folder cannot be used: {error}") from error
     return path
+
+
+def _openmp() -> list[Path]:
+    """torch's own OpenMP, so that its threads are used and no second set stands beside them; empty where it brings none."""
+    home = Path(torch.__file__).parent
+    return sorted([*home.glob("lib/libgomp*.so*"), *home.parent.glob("torch.libs/libgomp*.so*")])[:1]
 
 
 def _compile(compiler: str, path: Path) -> None:
     """Beside its place first, so that another process never loads half of it."""
     with tempfile.TemporaryDirectory(dir=path.parent) as beside:
         made = Path(beside) / path.name
-        command = [compiler, *FLAGS, "-o", str(made), *map(str, sources(".c")), "-lm"]
+        command = [
+            compiler,
+            *FLAGS,
+            "-o",
+            str(made),
+            *map(str, sources(".c")),
+            "-Wl,--as-needed",
+            *map(str, _openmp()),
+            "-lm",
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
@@ -172,9 +193,11 @@ def _declare(found: ctypes.CDLL) -> None:
 
 def _right(found: ctypes.CDLL) -> bool:
     """Whether a product comes out as torch's."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(rows, 64, generator=generator).bfloat16() for rows in (32, 96))
-    into, packed = torch.empty(32, 96), in_panels(weight).contiguous()
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, weight = (
+        torch.randn(rows, 64, generator=generator, dtype=torch.float32, device="cpu").bfloat16() for rows in (32, 96)
+    )
+    into, packed = torch.empty(32, 96, dtype=torch.float32, device="cpu"), in_panels(weight).contiguous()
     found.ccpo_product(32, 96, 64, x.data_ptr(), packed.data_ptr(), None, into.data_ptr(), 1)
     return torch.allclose(into, x.float() @ weight.float().t(), rtol=1e-3, atol=1e-3)
 

@@ -27,7 +27,7 @@ void ccpo_add_norm(int M, int H, const float *stream, const bf16 *branch, const 
     }
 }
 
-/* d_sum, that of the stream; d_branch, the same in bfloat16, and d_weight, [threads][H], to be summed, if they are wanted; d_stream: what else
+/* d_sum, that of the stream; d_branch, the same in bfloat16, and d_weight, [threads][H], zeros that are added to and then to be summed, if they are wanted; d_stream: what else
  * comes back to the sum, or NULL */
 void ccpo_add_norm_back(int M, int H, const float *sum, const float *scale, const float *weight, const bf16 *d_normed, const float *d_stream, float *d_sum, bf16 *d_branch, float *d_weight, int threads) {
 #pragma omp parallel num_threads(threads)
@@ -135,7 +135,7 @@ void ccpo_logprobs_back(int N, int V, const bf16 *logits, const int64_t *id, con
             keep_bf16(into + v, real, _mm512_mul_ps(_mm512_maskz_mov_ps(some, d), _mm512_set1_ps(factor)));
         }
         const float p = expf(from_bf16(row[id[i]]) * factor - total[i]), z = from_bf16(row[id[i]]) * factor - total[i];
-        const float own = of_logprob * (1 - p) - of_entropy * p * (z + entropy[i]);
+        const float own = of_logprob * (1 - p) - (p == 0 ? 0 : of_entropy * p * (z + entropy[i]));
         store_row(into + id[i], &(float){own * factor}, 1);
     }
 }

@@ -42,10 +42,15 @@ void product_without_tiles(int M, int P, int K, const bf16 *a, long lda, const b
 #ifdef __AMX_BF16__
 enum { TILE_DATA = 18, REQUEST_PERMISSION = 0x1023 }; /* of arch_prctl */
 
+/* Not on the stack: some compilers believe that only the first 8 bytes are read, and leave the others unwritten. */
+static const struct {
+    uint8_t palette, start, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+} SHAPE = {.palette = 1, .bytes = {64, 64, 64, 64, 64, 64, 64, 64}, .rows = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE}};
+
 void begin_tiles(void) {
-    struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {.palette = 1};
-    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = TILE;
-    if (use_tiles) _tile_loadconfig(&shape);
+    if (use_tiles) _tile_loadconfig(&SHAPE);
 }
 void end_tiles(void) {
     if (use_tiles) _tile_release();

@@ -42,7 +42,7 @@ def hidden_states(model: nn.Module, layout: Layout, compute: torch.dtype) -> Ten
     body, embed = source.model, source.model.embed_tokens
     turn = _rotation(body.rotary_emb, layout.position_M)
     texts = None
-    if fused.usable(compute, body.norm.weight) and head_dim(source.config) % 16 == 0:
+    if fused.usable(compute, body.norm.weight) and fused.attends(source.config):
         texts = fused.Texts.of(layout.prompt_size_G, layout.read_size_R, layout.owner_R, turn)
     else:
         layout = layout.biased(

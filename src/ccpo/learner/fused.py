@@ -1,7 +1,7 @@
 """What stands between the matrices of the update's pass, in C (``kernels/learn.c``, ``kernels/attend.c``): each a function with a backward pass.
 
-They take the place of `ccpo.learner.forward`'s own where weights are float32, products bfloat16 and the processor multiplies it: one pass over
-memory for each, and attention that builds no rectangles. What they compute is the same.
+They take the place of `ccpo.learner.forward`'s own where products are bfloat16, the processor multiplies it, and streams and norms are float32:
+one pass over memory for each, and attention that builds no rectangles. What they compute is the same.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ccpo.families import head_dim
 from ccpo.kernels.compiled import library, structure
 
 CTexts = structure(
@@ -21,10 +23,19 @@ CTexts = structure(
 )
 
 
+FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+
+
 def usable(compute: torch.dtype, *tensors: Tensor) -> bool:
     """Whether these functions run on a CPU in ``compute`` with these float32 tensors."""
     plain = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
     return plain and compute == torch.bfloat16 and library() is not None
+
+
+def attends(config: Any) -> bool:
+    """Whether `Attend` runs a model of this shape."""
+    size = head_dim(config)
+    return size % 16 == 0 and size <= 1_024 and config.num_attention_heads % config.num_key_value_heads == 0
 
 
 class AddNorm(torch.autograd.Function):
@@ -57,13 +68,14 @@ class AddNorm(torch.autograd.Function):
         return total, normed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_stream: Tensor | None, d_normed: Tensor | None) -> tuple[Any, ...]:
         total, scale, weight = ctx.saved_tensors
         (M, H), threads = total.shape, torch.get_num_threads()
-        d_normed = torch.zeros(M, H, dtype=torch.bfloat16) if d_normed is None else d_normed.contiguous()
+        d_normed = torch.zeros(M, H, dtype=torch.bfloat16, device="cpu") if d_normed is None else d_normed.contiguous()
         d_stream = None if d_stream is None else d_stream.contiguous()
         d_total, d_branch = torch.empty_like(total), torch.empty_like(d_normed) if ctx.branched else None
-        d_weight = torch.zeros(threads, H) if ctx.needs_input_grad[2] else None
+        d_weight = torch.zeros(threads, H, **FLOATS) if ctx.needs_input_grad[2] else None
         library().ccpo_add_norm_back(
             M,
             H,
@@ -93,6 +105,7 @@ class SwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         grad, out = grad.contiguous(), torch.empty_like(gate_up)
@@ -125,7 +138,7 @@ class Texts:
         )
 
     def c(self, heads: int, kv_heads: int, head_dim: int, scale: float) -> Any:
-        """As decode.c's neighbour attend.c takes it; lives no longer than this."""
+        """As ``attend.c`` takes it; lives no longer than this."""
         return CTexts(
             tokens=len(self.turn),
             prompts=len(self.first_text_P) - 1,
@@ -151,7 +164,7 @@ class Attend(torch.autograd.Function):
         M, every, head_dim = qkv.shape
         heads = every - 2 * kv_heads
         c = texts.c(heads, kv_heads, head_dim, scale)
-        mixed, total = qkv.new_empty(M, heads, head_dim), torch.empty(M, heads)
+        mixed, total = qkv.new_empty(M, heads, head_dim), torch.empty(M, heads, **FLOATS)
         threads, code = torch.get_num_threads(), library()
         room, base = _room(code.ccpo_attend_room(ctypes.byref(c), threads))
         code.ccpo_attend(ctypes.byref(c), _at(qkv), _at(mixed), _at(total), base, threads)
@@ -161,6 +174,7 @@ class Attend(torch.autograd.Function):
         return mixed
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         qkv, total = ctx.saved_tensors
         c, grad, out = ctx.texts.c(*ctx.shape), grad.contiguous(), torch.empty_like(qkv)
@@ -177,8 +191,12 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, ids_N: Tensor, temperature_N: Tensor | None) -> tuple[Tensor, Tensor]:
         logits_NV, ids_N = logits_NV.contiguous(), ids_N.contiguous()
+        if len(ids_N) and not 0 <= int(ids_N.min()) <= int(ids_N.max()) < logits_NV.shape[1]:
+            raise IndexError(
+                f"token ids {int(ids_N.min())} to {int(ids_N.max())} are scored, and the model has {logits_NV.shape[1]}"
+            )
         cold_N = None if temperature_N is None else 1 / temperature_N.float()
-        logprob_N, entropy_N, total_N = (torch.empty(len(ids_N)) for _ in range(3))
+        logprob_N, entropy_N, total_N = (torch.empty(len(ids_N), **FLOATS) for _ in range(3))
         library().ccpo_logprobs(
             *logits_NV.shape,
             _at(logits_NV),
@@ -194,6 +212,7 @@ class TokenLogprobs(torch.autograd.Function):
         return logprob_N, entropy_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_logprob: Tensor | None, d_entropy: Tensor | None) -> tuple[Tensor | None, None, None]:
         if d_logprob is None and d_entropy is None:
             return None, None, None
@@ -214,5 +233,5 @@ def _at(tensor: Tensor | None) -> int | None:
 
 def _room(size: int) -> tuple[Tensor, int]:
     """So many bytes, and an address in them that is a multiple of 64."""
-    room = torch.empty(size + 64, dtype=torch.uint8)
+    room = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
     return room, -(-room.data_ptr() // 64) * 64
