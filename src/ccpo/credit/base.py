@@ -124,8 +124,8 @@ def check_rewards(inputs: CreditInputs) -> None:
 
 
 def _finite(values: Tensor) -> bool:
-    """Whether all are: a sum in 64 bits is finite where its terms are, and one pass."""
-    return math.isfinite(values.sum(dtype=torch.float64).item())
+    """Whether all are: where a sum is finite its terms are, and where large ones are too much for the quick sum, one in 64 bits tells."""
+    return math.isfinite(values.sum().item()) or math.isfinite(values.sum(dtype=torch.float64).item())
 
 
 def mean_credit(credit: Mapping[str, Tensor]) -> dict[str, float]:
