@@ -12,6 +12,7 @@ from ccpo.crew import Crew
 from ccpo.engines import make_engine
 from ccpo.engines.adapters import AdapterEngine, SharedDecoder
 from ccpo.engines.budget import LEAST, decode_budget
+from ccpo.kernels.compiled import library
 from ccpo.runs import Reporter, model_paths
 from ccpo.types import Request
 from test_ahead import said
@@ -142,7 +143,9 @@ def test_decoders_share_what_training_leaves(tmp_path, sharing, decoders):
     assert {e.max_batch_tokens for e in engines} == {LEAST}  # a CPU
     crew._share_out(10**9, 2 * 10**9)
     trained = [sum(p.nbytes for p in policy.parameters().values()) for policy in crew.policies.values()]
-    token = decoders * 2 * 2 * 1 * 16 * 4  # keys and values, layers, key heads, channels, float32
+    width = crew._natives[0].weights.attention_dtype.itemsize
+    assert width == (2 if library() else 4)
+    token = decoders * 2 * 2 * 1 * 16 * width  # keys and values, layers, key heads, channels
     want = int(0.8 * (10**9 - 2 * sum(trained) - max(trained) - 0.25 * 2 * 10**9) / token)
     assert {e.max_batch_tokens for e in engines} == {want}
 
