@@ -7,6 +7,7 @@ import torch
 
 from ccpo.engines.products import GatedPanels, GatedProduct, Panels, Product
 from ccpo.kernels.compiled import library, why_not
+from test_fused import instructions  # noqa: F401  (a fixture)
 
 torch.set_num_threads(1)
 compiled = pytest.mark.skipif(library() is None, reason=f"no compiled code here: {why_not()}")
@@ -32,20 +33,11 @@ def exact(product: Product, x: torch.Tensor) -> torch.Tensor:
     return found if product.bias is None else found + product.bias.float()
 
 
-@pytest.fixture(params=["tiles", "vectors"])
-def instructions(request):
-    """AMX where there is one, and without it."""
-    code = library()
-    code.ccpo_begin(request.param == "tiles")
-    yield request.param
-    code.ccpo_begin(1)
-
-
 @compiled
 @pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 31, 33, 63, 64, 127, 129, 300])
 @pytest.mark.parametrize(("outputs", "inputs"), [(48, 40), (32, 32), (101, 64), (96, 130)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_panels_multiply_as_torch(instructions, outputs, inputs, bias, rows):
+def test_panels_multiply_as_torch(instructions, outputs, inputs, bias, rows):  # noqa: F811
     plain, laid_out = (made(kind, outputs, inputs, bias=bias) for kind in (Product, Panels))
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(1)).bfloat16()
     found, want = laid_out(x), exact(plain, x)
@@ -56,7 +48,7 @@ def test_panels_multiply_as_torch(instructions, outputs, inputs, bias, rows):
 
 
 @compiled
-def test_a_row_does_not_hang_on_those_beside_it(instructions):
+def test_a_row_does_not_hang_on_those_beside_it(instructions):  # noqa: F811
     product = made(Panels, 96, 64, bias=True)
     x = torch.randn(77, 64).bfloat16()
     together = product(x)
