@@ -33,8 +33,9 @@ def matrices(model: Any, dtype: torch.dtype) -> list[Tensor]:
 
 def forward_limit(model: Any, rows: int, dtype: torch.dtype) -> Callable[[], None]:
     """One pass of ``rows`` tokens through all matrices."""
-    inputs = _inputs(model, [rows], dtype)
-    every = [_Fastest(w, inputs) for w in matrices(model, dtype)]
+    weights = matrices(model, dtype)
+    inputs = _inputs(weights, [rows])
+    every = [_Fastest(w, inputs) for w in weights]
     return lambda: _multiply(every, inputs, rows)
 
 
@@ -43,8 +44,9 @@ def decoding_limit(model: Any, sizes: Sequence[int], new: int, dtype: torch.dtyp
     through those of its keys and values, and of the head at each row's last; then ``new - 1`` passes of a token a row."""
     rows = len(sizes)
     parts = [min(TOGETHER, sum(sizes) - start) for start in range(0, sum(sizes), TOGETHER)]
-    inputs = _inputs(model, [*parts, rows], dtype)
-    every = [_Fastest(w, inputs) for w in matrices(model, dtype)]
+    weights = matrices(model, dtype)
+    inputs = _inputs(weights, [*parts, rows])
+    every = [_Fastest(w, inputs) for w in weights]
     prompts = [*every[:-LAST], _Fastest(_keys_values(model, dtype), inputs)]
 
     def run() -> None:
@@ -61,10 +63,9 @@ Inputs = Mapping[tuple[int, int], Tensor]
 """Random tokens, by their number and width."""
 
 
-def _inputs(model: Any, counts: Sequence[int], dtype: torch.dtype) -> Inputs:
-    device = next(model.parameters()).device
-    widths = {w.shape[1] for w in matrices(model, dtype)}
-    return {(n, w): torch.randn(n, w, device=device).to(dtype) for n in {*counts} for w in widths}
+def _inputs(weights: Sequence[Tensor], counts: Sequence[int]) -> Inputs:
+    widths, like = {w.shape[1] for w in weights}, weights[0]
+    return {(n, w): torch.randn(n, w, device=like.device).to(like.dtype) for n in {*counts} for w in widths}
 
 
 class _Fastest:

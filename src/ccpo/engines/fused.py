@@ -18,12 +18,12 @@ from torch import Tensor
 
 from ccpo.engines.products import Panels
 from ccpo.engines.weights import Weights
-from ccpo.kernels.compiled import library, structure
+from ccpo.families import head_dim
+from ccpo.kernels.compiled import address, aligned, library, scratch, structure
 
 PREFILL_TOKENS = 2_048  # prompt tokens that go through a layer at once
-CPU = torch.device(
-    "cpu"
-)  # said everywhere, as are the dtypes: a default that somebody has set must not reach the C code
+# said everywhere, as are the dtypes: a default that somebody has set must not reach the C code
+CPU = torch.device("cpu")
 SHORT: dict[str, Any] = {"dtype": torch.bfloat16, "device": CPU}
 INDEX: dict[str, Any] = {"dtype": torch.int32, "device": CPU}
 QUERIES = 16  # tokens of a prompt that attend together
@@ -44,18 +44,18 @@ CBatch = structure(
 )
 
 
-def fits(config: Any, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+def fits(config: Any, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a model of this shape runs here, in ``dtype``."""
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    aligned = head_dim % 16 == 0 and heads * head_dim % 32 == 0 and heads % kv_heads == 0
-    return aligned and device.type == "cpu" and dtype == torch.bfloat16 and library() is not None
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, head_dim(config)
+    whole = size % 16 == 0 and heads * size % 32 == 0 and heads % kv_heads == 0
+    return whole and device.type == "cpu" and dtype == torch.bfloat16 and library() is not None
 
 
 class Columns:
     """Keys and values of ``slots`` texts with room for ``columns`` tokens each, as decode.c lays them out."""
 
     def __init__(self, w: Weights, slots: int, columns: int) -> None:
-        self.slots, self.columns = slots, -(-columns // 32) * 32
+        self.columns = -(-columns // 32) * 32
         size = len(w.layers) * slots * w.kv_heads * self.columns * w.head_dim
         self.keys = torch.empty(size, **SHORT)
         self.values = torch.zeros(size, **SHORT)  # unused ones are multiplied with 0 and must be numbers
@@ -88,15 +88,15 @@ class FusedLayers:
     def __init__(self, weights: Weights) -> None:
         self.weights = w = weights
         self.alone = threading.Lock()  # the room below is one, and the interpreter's lock is free in C
-        self.room = torch.empty(0, dtype=torch.uint8, device=CPU)
+        self.room = scratch(0)
         self._layers = (CLayer * len(w.layers))()
         for into, layer in zip(self._layers, w.layers, strict=True):
             into.attention_norm, into.mlp_norm = layer.attention_norm.data_ptr(), layer.mlp_norm.data_ptr()
-            into.qk_norm = _address(layer.qk_norm)
+            into.qk_norm = address(layer.qk_norm)
             for name in ("qkv", "out", "gate_up", "down"):
                 product: Panels = getattr(layer, name)
                 setattr(into, name, product.panels.data_ptr())
-                setattr(into, f"{name}_bias", _address(product.offset))
+                setattr(into, f"{name}_bias", address(product.offset))
         config = w.source.config
         self._model = CModel(
             layers=len(w.layers),
@@ -196,8 +196,7 @@ class FusedLayers:
             model = ctypes.byref(self._model)
             size = code.ccpo_room(model, batch.tokens, columns, threads)
             if self.room.numel() < size + 64:
-                self.room = torch.empty(size + 64, dtype=torch.uint8, device=CPU)
-            base = -(-self.room.data_ptr() // 64) * 64
+                self.room = scratch(size)
             logits = torch.empty(batch.wants, w.head.padded[0], dtype=torch.float32, device=CPU)
             code.ccpo_forward(
                 model,
@@ -207,10 +206,6 @@ class FusedLayers:
                 logits.data_ptr(),
                 columns,
                 threads,
-                base,
+                aligned(self.room),
             )
             return logits[:, : w.vocab]
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

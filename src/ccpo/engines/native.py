@@ -19,7 +19,7 @@ from ccpo.engines.fused import FusedLayers, fits
 from ccpo.engines.layers import TorchLayers
 from ccpo.engines.sampling import Sampler
 from ccpo.engines.weights import Weights
-from ccpo.families import bare, compute_dtype, head_dim
+from ccpo.families import bare, compute_dtype
 from ccpo.types import Completion, Request
 
 CHECK = 4  # steps between two looks at which rows have ended
@@ -34,7 +34,7 @@ class NativeEngine:
     ) -> None:
         config, device = bare(model).config, bare(model).model.norm.weight.device
         dtype = compute_dtype(device) if dtype is None else dtype
-        fused = fits(config, head_dim(config), dtype, device)
+        fused = fits(config, dtype, device)
         self.weights = Weights.of(model, dtype=dtype, adapter=adapter, fused=fused)
         self.layers = FusedLayers(self.weights) if fused else TorchLayers(self.weights)
         self.dtype, self.device = self.weights.dtype, self.weights.device

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad, silu
 
-from ccpo.kernels.compiled import in_panels, library
+from ccpo.kernels.compiled import address, in_panels, library
 
 
 class Product:
@@ -76,24 +76,23 @@ class Panels(Product):
         yield weight, self.bias
         self.panels.copy_(in_panels(self._ordered(weight)))
         if self.bias is not None:
-            self.offset.copy_(self._ordered(self.bias[:, None].expand(-1, 1))[:, 0])
+            self.offset.copy_(self._ordered(self.bias[:, None])[:, 0])
 
     def _ordered(self, rows: Tensor) -> Tensor:
-        return pad(rows, (0, _up(rows.shape[1]) - rows.shape[1], 0, self.padded[0] - len(rows)))
+        return _padded(rows, self.padded[0])
 
     def __call__(self, x: Tensor) -> Tensor:
         """Float32 ``[rows, out]`` of bfloat16 rows; decoding does not come here, it runs whole models."""
         rows, (outputs, inputs) = len(x), self.padded
         left = pad(x, (0, inputs - x.shape[1], 0, -rows % 32)).contiguous()
         into = torch.empty(rows, outputs, dtype=torch.float32, device="cpu")
-        offset = None if self.offset is None else self.offset.data_ptr()
         library().ccpo_product(
             rows,
             outputs,
             inputs,
             left.data_ptr(),
             self.panels.data_ptr(),
-            offset,
+            address(self.offset),
             into.data_ptr(),
             torch.get_num_threads(),
         )
@@ -106,11 +105,13 @@ class GatedPanels(Panels):
     HALVES = 2
 
     def _ordered(self, rows: Tensor) -> Tensor:
-        gate, up = (
-            pad(half, (0, _up(half.shape[1]) - half.shape[1], 0, self.padded[0] // 2 - len(half)))
-            for half in rows.chunk(2)
-        )
+        gate, up = (_padded(half, self.padded[0] // 2) for half in rows.chunk(2))
         return torch.stack((gate.unflatten(0, (-1, 16)), up.unflatten(0, (-1, 16))), 1).flatten(0, 2)
+
+
+def _padded(rows: Tensor, outputs: int) -> Tensor:
+    """Zeros to the right, up to a multiple of 32, and below."""
+    return pad(rows, (0, _up(rows.shape[1]) - rows.shape[1], 0, outputs - len(rows)))
 
 
 def _up(n: int) -> int:

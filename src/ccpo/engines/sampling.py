@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ccpo.kernels.compiled import library
+from ccpo.kernels.compiled import address, library
 from ccpo.types import Request
 
 _GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15, the odd integer nearest to 2^64 / golden ratio
@@ -109,7 +109,8 @@ def _edges(prob_BV: Tensor, sorted_BH: Tensor, top_k_B: Tensor, top_p_B: Tensor)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """The sampling parameters of a batch's rows, as tensors, and their noise. None stands for "no row has it"."""
+    """The sampling parameters of a batch's rows, as tensors, and their noise. None stands for "no row has it". ``cut_alone``: the sampler of
+    ``cut_rows``, where they are some of the rows."""
 
     noise_BT: Tensor
     temperature_B1: Tensor | None
@@ -118,6 +119,7 @@ class Sampler:
     cut_rows: Tensor | None
     top_k_B: Tensor
     top_p_B: Tensor
+    cut_alone: Sampler | None = None
 
     @classmethod
     def of(cls, requests: Sequence[Request], device: torch.device) -> Sampler:
@@ -153,26 +155,27 @@ class Sampler:
     def _settle(self, greedy_B: Tensor) -> Sampler:
         """Finds out once which of the costlier steps this batch needs, so that a step asks the device nothing."""
         cut_rows = (((self.top_k_B > 0) | (self.top_p_B < 1)) & ~greedy_B).nonzero()[:, 0]
-        return replace(
+        settled = replace(
             self,
             greedy_B=greedy_B if bool(greedy_B.any()) else None,
             all_greedy=bool(greedy_B.all()),
             cut_rows=cut_rows if len(cut_rows) else None,
+            cut_alone=None,
         )
+        return replace(settled, cut_alone=settled.select(cut_rows)) if 0 < len(cut_rows) < len(greedy_B) else settled
 
     def draw(self, logits_BV: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """One token a row and its probability under softmax(logits / temperature) before anything is cut."""
         code = library() if logits_BV.device.type == "cpu" and logits_BV.dtype == torch.float32 else None
-        if code is None:
+        if code is None or (self.cut_rows is not None and self.cut_alone is None):
             return self._draw(logits_BV, step)
-        some = None if self.cut_rows is None else self.select(self.cut_rows)._draw(logits_BV[self.cut_rows], step)
         token_B, prob_B = self._draw_compiled(code, logits_BV, step)
-        if some is not None:
-            token_B[self.cut_rows], prob_B[self.cut_rows] = some
+        if self.cut_alone is not None:
+            token_B[self.cut_rows], prob_B[self.cut_rows] = self.cut_alone._draw(logits_BV[self.cut_rows], step)
         return token_B, prob_B
 
     def _draw_compiled(self, code: CDLL, logits_BV: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """All rows without cuts, in one call."""
+        """All rows in one call, as if nothing were cut from any."""
         rows, vocab = logits_BV.shape
         logits_BV = logits_BV if logits_BV.stride(1) == 1 else logits_BV.contiguous()
         token_B, prob_B = (
@@ -186,8 +189,8 @@ class Sampler:
             logits_BV.stride(0),
             self.noise_BT.data_ptr() + 8 * step,
             self.noise_BT.stride(0),
-            None if self.temperature_B1 is None else self.temperature_B1.data_ptr(),
-            None if self.greedy_B is None else self.greedy_B.data_ptr(),
+            address(self.temperature_B1),
+            address(self.greedy_B),
             token_B.data_ptr(),
             prob_B.data_ptr(),
             torch.get_num_threads(),

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ccpo.engines.products import GatedPanels, GatedProduct, Panels, Product
-from ccpo.families import bare, compute_dtype, head_dim, whole
+from ccpo.families import bare, head_dim, whole
 
 WIDE = 512  # hidden channels from which a CPU attends faster in bfloat16
 
@@ -63,12 +63,11 @@ class Weights:
     rotation: Tensor | None = None
 
     @classmethod
-    def of(cls, model: Any, *, dtype: torch.dtype | None, adapter: str | None, fused: bool = False) -> Weights:
+    def of(cls, model: Any, *, dtype: torch.dtype, adapter: str | None, fused: bool = False) -> Weights:
         """Copies the weights of a model of these families (`ccpo.families.unsupported`)."""
         source = bare(model)
         config, body = source.config, source.model
         device = body.norm.weight.device
-        dtype = compute_dtype(device) if dtype is None else dtype
         with torch.no_grad():
             embed = _weight(body.embed_tokens, adapter).to(dtype, copy=True)
             plain = Panels if fused else Product

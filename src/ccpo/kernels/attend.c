@@ -27,14 +27,23 @@ typedef struct {
 
 static size_t lay_desk(int n, int longest, char *base, Desk *desk) {
     const size_t columns = up_to(longest, 32) + 32, side = columns * n, block = (size_t)BLOCK * n, area = BLOCK * columns;
-    bf16 **halves[] = {&desk->keys_across, &desk->keys_down, &desk->values_across, &desk->values_down, &desk->queries_down, &desk->grads_down,
-                       &desk->query, &desk->grad, &desk->weights, &desk->slopes, &desk->turned};
-    const size_t half_sizes[] = {side, side, side, side, block, block, block, block, area, area, area};
-    float **floats[] = {&desk->scores, &desk->more, &desk->found, &desk->d_keys, &desk->d_values};
-    const size_t float_sizes[] = {area, area, block, side, side};
     size_t used = 0;
-    for (int i = 0; i < 11; used += (half_sizes[i++] * 2 + 63) / 64 * 64) *halves[i] = (bf16 *)(base + used);
-    for (int i = 0; i < 5; used += (float_sizes[i++] * 4 + 63) / 64 * 64) *floats[i] = (float *)(base + used);
+    desk->keys_across = carve(base, &used, side * 2);
+    desk->keys_down = carve(base, &used, side * 2);
+    desk->values_across = carve(base, &used, side * 2);
+    desk->values_down = carve(base, &used, side * 2);
+    desk->queries_down = carve(base, &used, block * 2);
+    desk->grads_down = carve(base, &used, block * 2);
+    desk->query = carve(base, &used, block * 2);
+    desk->grad = carve(base, &used, block * 2);
+    desk->weights = carve(base, &used, area * 2);
+    desk->slopes = carve(base, &used, area * 2);
+    desk->turned = carve(base, &used, area * 2);
+    desk->scores = carve(base, &used, area * 4);
+    desk->more = carve(base, &used, area * 4);
+    desk->found = carve(base, &used, block * 4);
+    desk->d_keys = carve(base, &used, side * 4);
+    desk->d_values = carve(base, &used, side * 4);
     desk->columns = columns;
     return used;
 }
@@ -74,19 +83,6 @@ static void rotate_back(const float *x, const float *turn, bf16 *into, int n, fl
     store_row(into, out, n);
 }
 
-/* A row becomes a column of a right side [.., 16 columns][n / 2][16][2] */
-static void put_across(bf16 *side, const bf16 *x, int column, int n) {
-    bf16 *to = side + (long)(column / PANEL) * PANEL * n + column % PANEL * 2;
-    for (int k = 0; k < n; k += 2, to += PAIR) memcpy(to, x + k, 4);
-}
-
-/* A row of a right side [n / 16][rows / 2][16][2] */
-static void put_down(bf16 *side, const bf16 *x, int row, int n, int rows) {
-    bf16 *to = side + row / 2 * PAIR + row % 2;
-    for (int panel = 0; panel < n; panel += PANEL, to += (long)rows * PANEL)
-        for (int k = 0; k < PANEL; k++) to[2 * k] = x[panel + k];
-}
-
 /* The keys and values of a segment into columns from `column` on; `back`: all that the way back needs. */
 static void put_segment(const Texts *t, const bf16 *qkv, int segment, int head, int column, Desk *desk, int back) {
     const int n = t->head_dim, every = (t->heads + 2 * t->kv_heads) * n;
@@ -119,10 +115,6 @@ static void clear_columns(Desk *desk, int column, int n, int back) {
     }
 }
 
-static void times(int M, int P, int K, const bf16 *a, long lda, const bf16 *b, long panel, float *c, long ldc, int add, int tiles) {
-    (tiles ? product : product_without_tiles)(M, P, K, a, lda, b, panel, c, ldc, add);
-}
-
 /* The scaled, rotated queries of a block into `query`, and its scores over `columns` columns (a multiple of 32). */
 static void score_block(const Texts *t, const bf16 *qkv, int token, int count, int head, int columns, Desk *desk) {
     const int n = t->head_dim, every = (t->heads + 2 * t->kv_heads) * n;
@@ -131,14 +123,14 @@ static void score_block(const Texts *t, const bf16 *qkv, int token, int count, i
         rotate(qkv + (long)(token + i) * every + head * n, t->rotation + (long)(token + i) * n, turned, n, t->scale);
         store_row(desk->query + i * n, turned, n);
     }
-    times(count, columns / PANEL, n, desk->query, n, desk->keys_across, (long)PANEL * n, desk->scores, desk->columns, 0, n % 32 == 0);
+    product(count, columns / PANEL, n, desk->query, n, desk->keys_across, (long)PANEL * n, desk->scores, desk->columns, 0, n % 32 == 0);
 }
 
 /* Weights exp(score - against) of the first `seen` columns, 0 beyond, in `scores` and rounded in `weights`; their sum. */
 static float weigh(float *scores, bf16 *weights, int seen, int columns, float against) {
     __m512 sum = _mm512_setzero_ps();
     for (int k = 0; k < columns; k += 16) {
-        const __mmask16 real = seen - k >= 16 ? 0xffff : seen > k ? (1 << (seen - k)) - 1 : 0;
+        const __mmask16 real = mask_of(seen - k);
         const __m512 y = _mm512_maskz_mov_ps(real, exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + k), _mm512_set1_ps(against))));
         _mm512_storeu_ps(scores + k, y);
         store_bf16(weights + k, y);
@@ -163,7 +155,7 @@ static void forward_block(const Texts *t, const bf16 *qkv, int token, int count,
         share[i] = 1 / sum;
         total[(long)(token + i) * t->heads + head] = top + logf(sum);
     }
-    times(count, n / PANEL, columns, desk->weights, desk->columns, desk->values_down, (long)desk->columns * PANEL, desk->found, n, 0, 1);
+    product(count, n / PANEL, columns, desk->weights, desk->columns, desk->values_down, (long)desk->columns * PANEL, desk->found, n, 0, 1);
     for (int i = 0; i < count; i++) {
         for (int k = 0; k < n; k++) desk->found[i * n + k] *= share[i];
         store_row(mixed + ((long)(token + i) * t->heads + head) * n, desk->found + i * n, n);
@@ -188,7 +180,7 @@ static void backward_block(const Texts *t, const bf16 *qkv, int token, int count
         put_down(desk->grads_down, grad, i, n, BLOCK);
         put_down(desk->queries_down, desk->query + i * n, i, n, BLOCK);
     }
-    times(count, columns / PANEL, n, desk->grad, n, desk->values_across, (long)PANEL * n, desk->more, desk->columns, 0, tiles);
+    product(count, columns / PANEL, n, desk->grad, n, desk->values_across, (long)PANEL * n, desk->more, desk->columns, 0, tiles);
     for (int i = 0; i < count; i++) {
         float *weights = desk->scores + (long)i * desk->columns, *slopes = desk->more + (long)i * desk->columns;
         weigh(weights, desk->weights + (long)i * desk->columns, before + i + 1, columns, total[(long)(token + i) * t->heads + head]);
@@ -199,13 +191,13 @@ static void backward_block(const Texts *t, const bf16 *qkv, int token, int count
             store_bf16(desk->slopes + (long)i * desk->columns + k,
                        _mm512_mul_ps(_mm512_loadu_ps(weights + k), _mm512_sub_ps(_mm512_loadu_ps(slopes + k), mean)));
     }
-    times(count, n / PANEL, columns, desk->slopes, desk->columns, desk->keys_down, panel, desk->found, n, 0, 1);
+    product(count, n / PANEL, columns, desk->slopes, desk->columns, desk->keys_down, panel, desk->found, n, 0, 1);
     for (int i = 0; i < count; i++)
         rotate_back(desk->found + i * n, t->rotation + (long)(token + i) * n, d_qkv + (long)(token + i) * every + head * n, n, t->scale);
     turn_over(desk->slopes, count, columns, desk->columns, desk->turned);
-    times(columns, n / PANEL, deep, desk->turned, BLOCK, desk->queries_down, BLOCK * PANEL, desk->d_keys, n, 1, 1);
+    product(columns, n / PANEL, deep, desk->turned, BLOCK, desk->queries_down, BLOCK * PANEL, desk->d_keys, n, 1, 1);
     turn_over(desk->weights, count, columns, desk->columns, desk->turned);
-    times(columns, n / PANEL, deep, desk->turned, BLOCK, desk->grads_down, BLOCK * PANEL, desk->d_values, n, 1, 1);
+    product(columns, n / PANEL, deep, desk->turned, BLOCK, desk->grads_down, BLOCK * PANEL, desk->d_values, n, 1, 1);
 }
 
 /* The gradients of a segment's keys and values, which lie from `column` on, to `d_qkv`. */

@@ -202,6 +202,21 @@ def _right(found: ctypes.CDLL) -> bool:
     return torch.allclose(into, x.float() @ weight.float().t(), rtol=1e-3, atol=1e-3)
 
 
+def address(tensor: torch.Tensor | None) -> int | None:
+    """Where its numbers begin; None, which is NULL, for None."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def scratch(size: int) -> torch.Tensor:
+    """Room for so many bytes from `aligned` on."""
+    return torch.empty(size + 64, dtype=torch.uint8, device="cpu")
+
+
+def aligned(room: torch.Tensor) -> int:
+    """Its first address that is a multiple of 64."""
+    return -(-room.data_ptr() // 64) * 64
+
+
 def in_panels(weight: torch.Tensor) -> torch.Tensor:
     """A view of ``[N, K]`` as panels of 16 rows, ``[N / 16, K / 2, 16, 2]``: a contiguous copy of it is what ``product.c`` takes. N and K are
     multiples of 32."""

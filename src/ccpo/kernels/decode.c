@@ -5,7 +5,7 @@
  */
 #include "numbers.h"
 
-enum { QUERIES = 16, PAIRS = 8 };
+enum { QUERIES = 16, ROWS = 128, PAIRS = 8 };
 
 typedef struct {
     const float *attention_norm;
@@ -65,8 +65,7 @@ static void ending_add(void *into, long width, int row, int column, const float 
 
 static void ending_gate(void *into, long width, int row, int column, const float *sums, const float *bias) {
     const __m512 gate = with_bias(sums, bias), up = with_bias(sums + PANEL, bias ? bias + PANEL : NULL);
-    const __m512 one = _mm512_set1_ps(1.0f), swish = _mm512_div_ps(gate, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), gate))));
-    store_bf16((bf16 *)into + row * width + column / 2, _mm512_mul_ps(swish, up));
+    store_bf16((bf16 *)into + row * width + column / 2, _mm512_mul_ps(_mm512_div_ps(gate, logistic(gate)), up));
 }
 
 /* into <- ending(A B): M rows, N columns (a multiple of 32), K a multiple of 32. Each thread takes a run of blocks, of 128 rows and a pair of
@@ -81,7 +80,7 @@ static inline __attribute__((always_inline)) void multiply(
             for (int column = from * PAIR; column < (from + count) * PAIR; column += PAIR) {
                 float sums[PAIR * PAIR] __attribute__((aligned(64)));
                 const int rows = smaller(smaller(M, start + ROWS) - row, PAIR);
-                product(rows, 2, K, a + (long)row * K, K, b + (long)column * K, (long)PANEL * K, sums, PAIR, 0);
+                product(rows, 2, K, a + (long)row * K, K, b + (long)column * K, (long)PANEL * K, sums, PAIR, 0, 1);
                 for (int i = 0; i < rows; i++) ending(into, width, row + i, column, sums + i * PAIR, bias ? bias + column : NULL);
             }
         block += count;
@@ -140,15 +139,11 @@ static void place_token(const Model *w, const Layer *layer, int number, const Ca
     for (int head = 0; head < w->kv_heads; head++) {
         const long start = place(w, here, number, batch->slot[i], head);
         const float *key = qkv + (w->heads + head) * n, *value = key + w->kv_heads * n;
-        bf16 *keys = here->keys + start + (long)(column / PANEL) * PANEL * n + column % PANEL * 2;
-        bf16 *values = here->values + start + column / 2 * PAIR + column % 2;
-        for (int panel = 0; panel < n; panel += PANEL, values += (long)here->columns * PANEL) {
-            bf16 rounded[2 * PANEL];
-            store_bf16(rounded, _mm512_loadu_ps(key + panel));
-            store_bf16(rounded + PANEL, _mm512_loadu_ps(value + panel));
-            for (int k = 0; k < PANEL; k += 2, keys += PAIR) memcpy(keys, rounded + k, 4);
-            for (int k = 0; k < PANEL; k++) values[2 * k] = rounded[PANEL + k];
-        }
+        bf16 rounded[n];
+        store_row(rounded, key, n);
+        put_across(here->keys + start, rounded, column, n);
+        store_row(rounded, value, n);
+        put_down(here->values + start, rounded, column, n, here->columns);
     }
 }
 
@@ -163,12 +158,11 @@ static void attend(int M, int n, const bf16 *query, long lda, const Part *part, 
     float *scores = (float *)own, *found = scores + (long)QUERIES * room;
     bf16 *weights = (bf16 *)(found + QUERIES * n);
     float share[QUERIES];
-    const int tiles = use_tiles && M >= TILE / 2 && n % 32 == 0;
+    const int tiles = M >= TILE / 2 && n % 32 == 0;
     int width_of[2], all = 0;
     for (int p = 0; p < parts; p++) {
         width_of[p] = up_to(part[p].used, 32);
-        (tiles ? product : product_without_tiles)(
-            M, width_of[p] / PANEL, n, query, lda, part[p].keys, (long)PANEL * n, scores + all, room, 0);
+        product(M, width_of[p] / PANEL, n, query, lda, part[p].keys, (long)PANEL * n, scores + all, room, 0, tiles);
         all += width_of[p];
     }
     for (int m = 0; m < M; m++) {
@@ -187,8 +181,7 @@ static void attend(int M, int n, const bf16 *query, long lda, const Part *part, 
     }
     all = 0;
     for (int p = 0; p < parts; all += width_of[p++])
-        (tiles ? product : product_without_tiles)(M, n / PANEL, width_of[p], weights + all, room, part[p].values,
-                                                (long)part[p].columns * PANEL, found, n, p > 0);
+        product(M, n / PANEL, width_of[p], weights + all, room, part[p].values, (long)part[p].columns * PANEL, found, n, p > 0, tiles);
     for (int m = 0; m < M; m++)
         for (int k = 0; k < n; k += 16)
             store_bf16(into + m * width + k, _mm512_mul_ps(_mm512_loadu_ps(found + m * n + k), _mm512_set1_ps(share[m])));
@@ -220,25 +213,19 @@ static void attend_group(const Model *w, int number, const Cache *there, const C
 
 /* ---- the whole model ---- */
 
-static size_t carve(char *base, size_t *used, size_t bytes) {
-    const size_t start = *used;
-    *used += (bytes + 63) / 64 * 64;
-    return base ? (size_t)(base + start) : 0;
-}
-
 /* Lays the room for so many tokens and columns out from `base`; how many bytes it takes. */
 static size_t lay_out(const Model *w, int tokens, int columns, int threads, char *base, Room *room) {
     const long rows = up_to(tokens, PAIR) + PAIR, wide = (long)w->heads * w->head_dim, every = wide + 2L * w->kv_heads * w->head_dim;
     size_t used = 0;
     room->columns = columns;
-    room->hidden = (float *)carve(base, &used, rows * up_to(w->hidden, 32) * 4);
-    room->qkv = (float *)carve(base, &used, rows * up_to(every, 32) * 4);
-    room->normed = (bf16 *)carve(base, &used, rows * up_to(w->hidden, 32) * 2);
-    room->query = (bf16 *)carve(base, &used, rows * wide * 2);
-    room->mixed = (bf16 *)carve(base, &used, rows * up_to(wide, 32) * 2);
-    room->inner = (bf16 *)carve(base, &used, rows * up_to(w->inner, 32) * 2);
+    room->hidden = carve(base, &used, rows * up_to(w->hidden, 32) * 4);
+    room->qkv = carve(base, &used, rows * up_to(every, 32) * 4);
+    room->normed = carve(base, &used, rows * up_to(w->hidden, 32) * 2);
+    room->query = carve(base, &used, rows * wide * 2);
+    room->mixed = carve(base, &used, rows * up_to(wide, 32) * 2);
+    room->inner = carve(base, &used, rows * up_to(w->inner, 32) * 2);
     room->own_bytes = (size_t)up_to(QUERIES * (columns * 6 + w->head_dim * 4), 64);
-    room->own = (char *)carve(base, &used, room->own_bytes * threads);
+    room->own = carve(base, &used, room->own_bytes * threads);
     return used;
 }
 

@@ -1,12 +1,6 @@
 /* What stands between the matrices of an update, and back: one pass over memory each. `ccpo.learner.fused` says what each is. */
 #include "numbers.h"
 
-static inline __mmask16 mask_of(int left) { return left >= 16 ? 0xffff : (1 << left) - 1; }
-static inline __m512 load_bf16(__mmask16 real, const bf16 *x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, x)), 16));
-}
-static inline void keep_bf16(bf16 *into, __mmask16 real, __m512 x) { _mm256_mask_storeu_epi16(into, real, (__m256i)_mm512_cvtneps_pbh(x)); }
-
 /* sum = stream + branch (if there is one); scale = 1 / rms(sum); normed = weight * sum * scale */
 void ccpo_add_norm(int M, int H, const float *stream, const bf16 *branch, const float *weight, float eps, float *sum, float *scale, bf16 *normed, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -27,8 +21,8 @@ void ccpo_add_norm(int M, int H, const float *stream, const bf16 *branch, const 
     }
 }
 
-/* d_sum, that of the stream; d_branch, the same in bfloat16, and d_weight, [threads][H], zeros that are added to and then to be summed, if they are wanted; d_stream: what else
- * comes back to the sum, or NULL */
+/* d_sum: the gradient of the stream; d_branch: the same in bfloat16; d_weight: [threads][H], zeros that are added to, for the caller to sum. The
+ * last two may be NULL, as may d_stream, what else comes back to the sum. */
 void ccpo_add_norm_back(int M, int H, const float *sum, const float *scale, const float *weight, const bf16 *d_normed, const float *d_stream, float *d_sum, bf16 *d_branch, float *d_weight, int threads) {
 #pragma omp parallel num_threads(threads)
     {
@@ -59,10 +53,7 @@ void ccpo_add_norm_back(int M, int H, const float *sum, const float *scale, cons
     }
 }
 
-static inline __m512 sigmoid(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
-}
+static inline __m512 sigmoid(__m512 x) { return _mm512_div_ps(_mm512_set1_ps(1.0f), logistic(x)); }
 
 /* out = silu(gate) * up, of rows [gate | up] of I channels each */
 void ccpo_swiglu(int M, int I, const bf16 *gate_up, bf16 *out, int threads) {

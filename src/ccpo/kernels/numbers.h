@@ -13,17 +13,14 @@
 
 typedef uint16_t bf16;
 
-enum { PANEL = 16, TILE = 16, PAIR = 2 * PANEL, ROWS = 128 };
-
-extern int use_tiles; /* whether AMX is used; see product.c */
+enum { PANEL = 16, TILE = 16, PAIR = 2 * PANEL };
 
 static inline int up_to(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 
-/* C <- A B, or C + A B if `add`: M rows, P panels, K even (with AMX a multiple of 32, and rows of A and C up to a multiple of 16 must be
- * there; those of C are written). `panel`: from one panel to the next. */
-void product(int M, int P, int K, const bf16 *a, long lda, const bf16 *b, long panel, float *c, long ldc, int add);
-void product_without_tiles(int M, int P, int K, const bf16 *a, long lda, const bf16 *b, long panel, float *c, long ldc, int add);
+/* C <- A B, or C + A B if `add`: M rows, P panels, K even. `panel`: from one panel to the next. `tiles`: AMX may be used, if there is one; then
+ * K is a multiple of 32, and rows of A and C up to a multiple of 16 must be there; those of C are written. */
+void product(int M, int P, int K, const bf16 *a, long lda, const bf16 *b, long panel, float *c, long ldc, int add, int tiles);
 void begin_tiles(void); /* each thread, before it multiplies */
 void end_tiles(void);
 
@@ -43,7 +40,17 @@ static inline __m512 exponential(__m512 x) {
     return _mm512_maskz_scalef_ps(real, y, n);
 }
 
+/* 1 + exp(-x), by which 1 is the sigmoid and x the swish */
+static inline __m512 logistic(__m512 x) { return _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))); }
+
+/* Which of the next 16 there are, where so many are left */
+static inline __mmask16 mask_of(int left) { return left >= 16 ? 0xffff : left > 0 ? (1 << left) - 1 : 0; }
+
 static inline void store_bf16(bf16 *into, __m512 x) { _mm256_storeu_si256((__m256i *)into, (__m256i)_mm512_cvtneps_pbh(x)); }
+static inline void keep_bf16(bf16 *into, __mmask16 real, __m512 x) { _mm256_mask_storeu_epi16(into, real, (__m256i)_mm512_cvtneps_pbh(x)); }
+static inline __m512 load_bf16(__mmask16 real, const bf16 *x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, x)), 16));
+}
 
 static inline float from_bf16(bf16 x) {
     const uint32_t bits = (uint32_t)x << 16;
@@ -54,25 +61,38 @@ static inline float from_bf16(bf16 x) {
 
 /* n floats, rounded */
 static inline void store_row(bf16 *into, const float *x, int n) {
-    for (int i = 0; i < n; i += 16) {
-        const __mmask16 real = n - i >= 16 ? 0xffff : (1 << (n - i)) - 1;
-        _mm256_mask_storeu_epi16(into + i, real, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(real, x + i)));
-    }
+    for (int i = 0; i < n; i += 16) keep_bf16(into + i, mask_of(n - i), _mm512_maskz_loadu_ps(mask_of(n - i), x + i));
 }
 
 /* n bfloat16 numbers as floats, and zeros up to `width` */
 static inline void read_row(float *into, const bf16 *x, int n, int width) {
-    for (int i = 0; i < width; i += 16) {
-        const __mmask16 real = n - i >= 16 ? 0xffff : n > i ? (1 << (n - i)) - 1 : 0;
-        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(real, x + i));
-        _mm512_storeu_ps(into + i, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
-    }
+    for (int i = 0; i < width; i += 16) _mm512_storeu_ps(into + i, load_bf16(mask_of(n - i), x + i));
+}
+
+/* A row becomes a column of a right side [.., 16 columns][n / 2][16][2] */
+static inline void put_across(bf16 *side, const bf16 *x, int column, int n) {
+    bf16 *to = side + (long)(column / PANEL) * PANEL * n + column % PANEL * 2;
+    for (int k = 0; k < n; k += 2, to += PAIR) memcpy(to, x + k, 4);
+}
+
+/* A row of a right side [n / 16][rows / 2][16][2] */
+static inline void put_down(bf16 *side, const bf16 *x, int row, int n, int rows) {
+    bf16 *to = side + row / 2 * PAIR + row % 2;
+    for (int panel = 0; panel < n; panel += PANEL, to += (long)rows * PANEL)
+        for (int k = 0; k < PANEL; k++) to[2 * k] = x[panel + k];
+}
+
+/* The next `bytes` of a room, from a multiple of 64 on; NULL where it is only measured. */
+static inline void *carve(char *base, size_t *used, size_t bytes) {
+    const size_t start = *used;
+    *used += (bytes + 63) / 64 * 64;
+    return base ? base + start : NULL;
 }
 
 static inline float inverse_rms(const float *x, int n, float eps) {
     __m512 sum = _mm512_setzero_ps();
     for (int i = 0; i < n; i += 16) {
-        const __m512 v = _mm512_maskz_loadu_ps(n - i < 16 ? (1 << (n - i)) - 1 : 0xffff, x + i);
+        const __m512 v = _mm512_maskz_loadu_ps(mask_of(n - i), x + i);
         sum = _mm512_fmadd_ps(v, v, sum);
     }
     return 1.0f / sqrtf(_mm512_reduce_add_ps(sum) / n + eps);
@@ -82,7 +102,7 @@ static inline float inverse_rms(const float *x, int n, float eps) {
 static inline void norm_row(bf16 *into, const float *x, const float *weight, int n, int width, float eps) {
     const __m512 factor = _mm512_set1_ps(inverse_rms(x, n, eps));
     for (int i = 0; i < width; i += 16) {
-        const __mmask16 real = n - i >= 16 ? 0xffff : n > i ? (1 << (n - i)) - 1 : 0;
+        const __mmask16 real = mask_of(n - i);
         const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(real, x + i), factor);
         store_bf16(into + i, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(real, weight + i)));
     }

@@ -4,7 +4,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-int use_tiles = 0;
+static int use_tiles = 0; /* whether there is an AMX, and it may be used */
 
 static inline __attribute__((always_inline)) void vector_block(
     int M, int P, int K, const bf16 *a, long lda, const bf16 *b, long panel, float *c, long ldc, int add) {
@@ -25,7 +25,7 @@ static inline __attribute__((always_inline)) void vector_block(
         for (int p = 0; p < P; p++) _mm512_storeu_ps(c + m * ldc + p * PANEL, sum[m][p]);
 }
 
-void product_without_tiles(int M, int P, int K, const bf16 *a, long lda, const bf16 *b, long panel, float *c, long ldc, int add) {
+static void vector_product(int M, int P, int K, const bf16 *a, long lda, const bf16 *b, long panel, float *c, long ldc, int add) {
     for (int m = 0; m < M; m += 4)
         for (int p = 0; p < P; p += 4) {
             const bf16 *left = a + m * lda, *right = b + p * panel;
@@ -97,7 +97,7 @@ static void tile_product(int M, int P, int K, const bf16 *a, long lda, const bf1
 void begin_tiles(void) {}
 void end_tiles(void) {}
 static void tile_product(int M, int P, int K, const bf16 *a, long lda, const bf16 *b, long panel, float *c, long ldc, int add) {
-    product_without_tiles(M, P, K, a, lda, b, panel, c, ldc, add);
+    vector_product(M, P, K, a, lda, b, panel, c, ldc, add);
 }
 #endif
 
@@ -110,6 +110,6 @@ int ccpo_begin(int allowed) {
     return use_tiles;
 }
 
-void product(int M, int P, int K, const bf16 *a, long lda, const bf16 *b, long panel, float *c, long ldc, int add) {
-    (use_tiles ? tile_product : product_without_tiles)(M, P, K, a, lda, b, panel, c, ldc, add);
+void product(int M, int P, int K, const bf16 *a, long lda, const bf16 *b, long panel, float *c, long ldc, int add, int tiles) {
+    (use_tiles && tiles ? tile_product : vector_product)(M, P, K, a, lda, b, panel, c, ldc, add);
 }

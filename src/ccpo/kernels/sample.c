@@ -5,7 +5,7 @@ enum { BLOCKS = 1024 };
 
 /* exp((logits[v] - top) / temperature) of 16 tokens; 0 beyond the last */
 static inline __m512 weights_at(const float *logits, int v, int vocab, float top, __m512 cold) {
-    const __mmask16 real = vocab - v >= 16 ? 0xffff : (1 << (vocab - v)) - 1;
+    const __mmask16 real = mask_of(vocab - v);
     const __m512 x = _mm512_sub_ps(_mm512_maskz_loadu_ps(real, logits + v), _mm512_set1_ps(top));
     return _mm512_maskz_mov_ps(real, exponential(_mm512_mul_ps(x, cold)));
 }

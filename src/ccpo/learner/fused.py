@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ccpo.families import head_dim
-from ccpo.kernels.compiled import library, structure
+from ccpo.kernels.compiled import address, aligned, library, scratch, structure
 
 CTexts = structure(
     "CTexts",
@@ -53,13 +53,13 @@ class AddNorm(torch.autograd.Function):
         library().ccpo_add_norm(
             M,
             H,
-            _at(stream),
-            _at(branch),
-            _at(weight),
+            address(stream),
+            address(branch),
+            address(weight),
             eps,
-            _at(total),
-            _at(scale),
-            _at(normed),
+            address(total),
+            address(scale),
+            address(normed),
             torch.get_num_threads(),
         )
         ctx.save_for_backward(total, scale, weight)
@@ -79,14 +79,14 @@ class AddNorm(torch.autograd.Function):
         library().ccpo_add_norm_back(
             M,
             H,
-            _at(total),
-            _at(scale),
-            _at(weight),
-            _at(d_normed),
-            _at(d_stream),
-            _at(d_total),
-            _at(d_branch),
-            _at(d_weight),
+            address(total),
+            address(scale),
+            address(weight),
+            address(d_normed),
+            address(d_stream),
+            address(d_total),
+            address(d_branch),
+            address(d_weight),
             threads,
         )
         return d_total, d_branch, None if d_weight is None else d_weight.sum(0), None
@@ -100,7 +100,7 @@ class SwiGLU(torch.autograd.Function):
         gate_up = gate_up.contiguous()
         M, I = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(M, I)
-        library().ccpo_swiglu(M, I, _at(gate_up), _at(out), torch.get_num_threads())
+        library().ccpo_swiglu(M, I, address(gate_up), address(out), torch.get_num_threads())
         ctx.save_for_backward(gate_up)
         return out
 
@@ -109,7 +109,7 @@ class SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         grad, out = grad.contiguous(), torch.empty_like(gate_up)
-        library().ccpo_swiglu_back(*grad.shape, _at(gate_up), _at(grad), _at(out), torch.get_num_threads())
+        library().ccpo_swiglu_back(*grad.shape, address(gate_up), address(grad), address(out), torch.get_num_threads())
         return out
 
 
@@ -146,11 +146,11 @@ class Texts:
             kv_heads=kv_heads,
             head_dim=head_dim,
             scale=scale,
-            start=_at(self.start_S),
-            size=_at(self.size_S),
-            first_text=_at(self.first_text_P),
-            texts=_at(self.texts_T),
-            rotation=_at(self.turn),
+            start=address(self.start_S),
+            size=address(self.size_S),
+            first_text=address(self.first_text_P),
+            texts=address(self.texts_T),
+            rotation=address(self.turn),
         )
 
 
@@ -166,9 +166,8 @@ class Attend(torch.autograd.Function):
         c = texts.c(heads, kv_heads, head_dim, scale)
         mixed, total = qkv.new_empty(M, heads, head_dim), torch.empty(M, heads, **FLOATS)
         threads, code = torch.get_num_threads(), library()
-        room, base = _room(code.ccpo_attend_room(ctypes.byref(c), threads))
-        code.ccpo_attend(ctypes.byref(c), _at(qkv), _at(mixed), _at(total), base, threads)
-        del room
+        room = scratch(code.ccpo_attend_room(ctypes.byref(c), threads))
+        code.ccpo_attend(ctypes.byref(c), address(qkv), address(mixed), address(total), aligned(room), threads)
         ctx.save_for_backward(qkv, total)
         ctx.texts, ctx.shape = texts, (heads, kv_heads, head_dim, scale)
         return mixed
@@ -179,9 +178,10 @@ class Attend(torch.autograd.Function):
         qkv, total = ctx.saved_tensors
         c, grad, out = ctx.texts.c(*ctx.shape), grad.contiguous(), torch.empty_like(qkv)
         threads, code = torch.get_num_threads(), library()
-        room, base = _room(code.ccpo_attend_room(ctypes.byref(c), threads))
-        code.ccpo_attend_back(ctypes.byref(c), _at(qkv), _at(total), _at(grad), _at(out), base, threads)
-        del room
+        room = scratch(code.ccpo_attend_room(ctypes.byref(c), threads))
+        code.ccpo_attend_back(
+            ctypes.byref(c), address(qkv), address(total), address(grad), address(out), aligned(room), threads
+        )
         return out, None, None, None
 
 
@@ -199,12 +199,12 @@ class TokenLogprobs(torch.autograd.Function):
         logprob_N, entropy_N, total_N = (torch.empty(len(ids_N), **FLOATS) for _ in range(3))
         library().ccpo_logprobs(
             *logits_NV.shape,
-            _at(logits_NV),
-            _at(ids_N),
-            _at(cold_N),
-            _at(logprob_N),
-            _at(entropy_N),
-            _at(total_N),
+            address(logits_NV),
+            address(ids_N),
+            address(cold_N),
+            address(logprob_N),
+            address(entropy_N),
+            address(total_N),
             torch.get_num_threads(),
         )
         ctx.save_for_backward(logits_NV, ids_N, cold_N, entropy_N, total_N)
@@ -221,17 +221,7 @@ class TokenLogprobs(torch.autograd.Function):
         out = torch.empty_like(logits_NV)
         library().ccpo_logprobs_back(
             *logits_NV.shape,
-            *map(_at, (logits_NV, ids_N, cold_N, entropy_N, total_N, d_logprob, d_entropy, out)),
+            *map(address, (logits_NV, ids_N, cold_N, entropy_N, total_N, d_logprob, d_entropy, out)),
             torch.get_num_threads(),
         )
         return out, None, None
-
-
-def _at(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _room(size: int) -> tuple[Tensor, int]:
-    """So many bytes, and an address in them that is a multiple of 64."""
-    room = torch.empty(size + 64, dtype=torch.uint8, device="cpu")
-    return room, -(-room.data_ptr() // 64) * 64
